@@ -157,8 +157,9 @@ def _wire_answer(
     asked.stop.click(stop)
     picked = answer.gallery.select(pick, shown, seen, show_progress="hidden")
     picked.success(download, file, answer.download, show_progress="hidden")
-    for changed in (answer.kind.change, answer.up.change, answer.size.change):
-        changed(download, file, answer.download, show_progress="hidden")
+    changed = [answer.kind.change, answer.up.change, answer.size.change]
+    # one after the other: the file of an earlier choice may take longer, and would stand in the last one's place
+    gr.on(changed, download, file, answer.download, show_progress="hidden", trigger_mode="always_last")
 
 
 def _settings(info: ModelInfo) -> dict[str, dict[str, Any]]:
