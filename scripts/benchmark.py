@@ -29,9 +29,8 @@ INPUTS = (
 def main(config: MeshBenchmarkConfig | ImageBenchmarkConfig) -> int:
     """Run it and print the table."""
     inputs = {name: getattr(config, name, None) for name in INPUTS}
-    check_there(
-        {name: inputs[name] for name in ("images", "gt", "prompts", "references")}
-    )  # before slow imports
+    # before imports that take seconds
+    check_there({name: inputs[name] for name in ("images", "gt", "prompts", "references")})
     from elastic3d.benchmark.run import benchmark
 
     check_paths({**inputs, "variants": config.variants.values()}, {}, {"output": config.output})

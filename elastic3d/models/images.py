@@ -42,9 +42,8 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 _METADATA = "elastic3d"
-DRAWING = {
-    "drawing": True
-}  # metadata of what a command draws of its results, which shows no object to generate
+# Metadata of what a command draws of its results, which shows no object to generate.
+DRAWING = {"drawing": True}
 
 _WORKING_SIDE = 1024  # longer sides are reduced first: the encoder sees a few hundred pixels
 _SMALLEST_OBJECT = 8  # pixels; less carries no shape

@@ -26,7 +26,6 @@ from elastic3d.models.images import (
     IMAGE_SUFFIXES,
     VIEW_NAMES,
     ImageInput,
-    images_in,
     is_drawing,
     save_image,
 )
@@ -54,6 +53,7 @@ from elastic3d.utils.files import (
     name_key,
     printable,
     save_json,
+    visible_files,
 )
 from elastic3d.utils.options import to_dict
 
@@ -418,8 +418,8 @@ def save_routes(path: Path, outcomes: Sequence[Outcome]) -> None:
 def find_images(pattern: str) -> list[Path]:
     """Images in a folder, or files that match a glob; sorted, without drawings such as previews."""
     folder = Path(pattern)
-    found = images_in(folder) if folder.is_dir() else matching_files(pattern)
-    found = [path for path in found if not is_drawing(path)]  # a glob may match some
+    found = visible_files(folder, False, IMAGE_SUFFIXES) if folder.is_dir() else matching_files(pattern)
+    found = [path for path in found if not is_drawing(path)]
     if not found:
         kinds = f" ({', '.join(IMAGE_SUFFIXES)})" if folder.is_dir() else ""
         raise UserError(f"image is {printable(pattern)}, which holds no image{kinds}")

@@ -224,11 +224,10 @@ def prepare_data(config: PrepareConfig) -> Summary:
         source.forget_failures()
     items = source.items()[: config.limit or None]
     folder = Path(config.output) / (config.name or source.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    if config.source is SourceName.folder:
-        held_out |= _held_out_meshes([f"{item.source}/{item.id}" for item in items], folder, config)
-    recipe = Recipe(config.shape, config.seed, frozenset(held_out))
     with sole_use(folder):
+        if config.source is SourceName.folder:
+            held_out |= _held_out_meshes([f"{item.source}/{item.id}" for item in items], folder, config)
+        recipe = Recipe(config.shape, config.seed, frozenset(held_out))
         drop_outdated(items, folder, recipe, config.retry)
         _prepare_with_bar(plan_shards(items, folder, config.shard_size), source, recipe, config)
         _, every_failure = write_manifest(folder)

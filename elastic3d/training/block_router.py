@@ -240,9 +240,7 @@ class BlockRouterObjective(GenerationObjective):
         assert self.session.trace is not None
         share = rollout.share(self.session.trace)
         budget = batch["budget"]
-        if (
-            self.session.guided
-        ):  # where the LoRA has learned the guidance, a full route executes no more than this
+        if self.session.guided:  # the LoRA has learned the guidance: a full route executes no more than this
             times = self.flow.times(int(batch["steps"][0]))[:-1].tolist()
             budget = budget.clamp_max(self.session.router_config.guided_share(times))
         if not free.all():

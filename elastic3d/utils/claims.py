@@ -20,12 +20,17 @@ SETTINGS_NAME, LOCK_NAME = "settings.json", ".lock"
 
 @contextmanager
 def sole_use(folder: Path) -> Iterator[None]:
-    """Make a folder, and let no other process in here with it inside the block; UserError if one is.
+    """Make a folder, and let no other process in here with it inside the block; UserError if one is, or if the folder
+    can't be written.
 
     A lock by `lockf` ends with the process, whatever ended it: processes that it forked have no part in it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_NAME).open("a") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_NAME).open("a")
+    except OSError as error:
+        raise UserError(f"can't write to {folder}: {error.strerror}, choose another folder") from error
+    with file:
         try:
             if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
