@@ -38,7 +38,8 @@ STAGES = {"condition": "image", "dit": "step", "decode": "decoding", "cleanup": 
 
 def main(config: GenerateConfig) -> int:
     """Plan, load the model, generate; 1 if any image failed."""
-    check_there(config.inputs)  # before what takes seconds to import
+    # before what takes seconds to import
+    check_there({**config.inputs, "dinov2": config.dinov2, "calibration": config.calibration})
     from tqdm import tqdm
 
     from elastic3d.pipelines import generation

@@ -15,21 +15,22 @@ from typing import Any
 from _cli import run
 
 from elastic3d.errors import UserError
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
-from elastic3d.preparation.prepare import open_source
-from elastic3d.preparation.splits import Split, read_splits
-from elastic3d.studies.colour import measure_shape, summary
 from elastic3d.studies.config import ColourConfig
-from elastic3d.utils.files import check_paths, save_json
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from elastic3d.utils.files import check_paths, check_there, save_json
 
 
 def main(config: ColourConfig) -> int:
     """One line a shape, then the summary."""
-    check_paths({"model": Path(config.model) if config.model else None}, {"output": config.output})
-    pipeline = ImageTo3DPipeline.from_pretrained(config.model or REPOSITORY / DEFAULT_MODEL)
+    inputs = {"data.path": config.data.path, "data.splits": config.data.splits}
+    check_there(inputs)  # before what takes seconds to import
+    check_paths({"model": config.model, **inputs}, {"output": config.output})
+    from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+    from elastic3d.preparation.prepare import open_source
+    from elastic3d.preparation.splits import Split, read_splits
+    from elastic3d.studies.colour import measure_shape, summary
+
+    pipeline = ImageTo3DPipeline.from_pretrained(config.model or DEFAULT_MODEL)
     source, splits = open_source(config.data), read_splits(Path(config.data.splits))
     quality = config.quality.name if pipeline.dial is not None else None
     rows: list[dict[str, Any]] = []
