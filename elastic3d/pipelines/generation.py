@@ -26,8 +26,8 @@ from elastic3d.models.images import (
     IMAGE_SUFFIXES,
     VIEW_NAMES,
     ImageInput,
-    is_drawing,
     save_image,
+    without_drawings,
 )
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.assets import check_asset, coloured
@@ -419,11 +419,7 @@ def find_images(pattern: str) -> list[Path]:
     """Images in a folder, or files that match a glob; sorted, without drawings such as previews."""
     folder = Path(pattern)
     found = visible_files(folder, False, IMAGE_SUFFIXES) if folder.is_dir() else matching_files(pattern)
-    found = [path for path in found if not is_drawing(path)]
-    if not found:
-        kinds = f" ({', '.join(IMAGE_SUFFIXES)})" if folder.is_dir() else ""
-        raise UserError(f"image is {printable(pattern)}, which holds no image{kinds}")
-    return found
+    return without_drawings(found, f"image is {printable(pattern)}, which")
 
 
 def _into_folder(config: GenerateConfig, many: bool) -> list[tuple[Path, Path]]:

@@ -19,13 +19,13 @@ from elastic3d.models.image_encoder import (
     image_feature,
     load_image_encoder,
 )
-from elastic3d.models.images import images_in, prepare, to_tensor
+from elastic3d.models.images import IMAGE_SUFFIXES, prepare, to_tensor, without_drawings
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.training.datasets import PreparedShapes, read_split
 from elastic3d.training.options import FamiliarityConfig
 from elastic3d.training.views import augment_view, stored_views
-from elastic3d.utils.files import save_json
+from elastic3d.utils.files import save_json, visible_files
 
 
 def measure_familiarity(config: FamiliarityConfig) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _features(
 def _probe(folder: Path, encoder: ImageEncoder, found: Familiarity) -> dict[str, Any]:
     """Distances of the images of a folder, those without an object left out."""
     distances, unused = [], 0
-    for path in images_in(folder):
+    for path in without_drawings(visible_files(folder, False, IMAGE_SUFFIXES), f"probe={folder}"):
         try:
             image = prepare(path, ForegroundConfig(), encoder)[0]
         except UserError:

@@ -74,6 +74,13 @@ def test_what_a_command_draws_is_no_image_of_a_folder(tmp_path: Path) -> None:
     }
     assert named_images(tmp_path) == {"a": [image], "b": [made]}
     assert len(_plan(tmp_path / "a.png", tmp_path / "c.glb")) == 1, "it is asked for by its name"
+    for path in (image, made):
+        path.unlink()
+    left_out = "holds no image but previews and drawings of routes, which are left out"
+    with pytest.raises(UserError, match=f"^image is {tmp_path}, which {left_out}"):
+        _plan(tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match=f"^latents.images={tmp_path} {left_out}"):
+        named_images(tmp_path)
 
 
 def test_equal_stems_keep_their_suffix(tmp_path: Path) -> None:
