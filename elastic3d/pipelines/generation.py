@@ -227,11 +227,14 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
     return pipeline
 
 
-def check_trace(pipeline: ImageTo3DPipeline, config: GenerateConfig) -> None:
-    """UserError if routes are to be drawn of the dense model, which the options run; before a mesh is made."""
+def check_options(pipeline: ImageTo3DPipeline, config: GenerateConfig) -> None:
+    """UserError of options that this model can't honour, or if routes are to be drawn of the dense model, which they
+    run; before a mesh is made."""
     requested = ElasticOptions(**ElasticOptions.of(config))
     given = {"steps": config.steps, "guidance": config.guidance}
-    check_routes(config.trace, pipeline.configured(requested, config.quality, **given)[1].elastic)
+    elastic = pipeline.configured(requested, config.quality, **given)[1].elastic
+    if config.trace:
+        check_routes(config.trace, elastic)
 
 
 def generate(
