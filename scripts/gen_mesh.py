@@ -40,8 +40,7 @@ STAGES = {"condition": "image", "dit": "step", "decode": "decoding", "cleanup": 
 
 def main(config: GenerateConfig) -> int:
     """Plan, load the model, generate; 1 if any image failed."""
-    # before what takes seconds to import
-    check_there({**config.inputs, "dinov2": config.dinov2, "calibration": config.calibration})
+    check_there({**config.inputs, "dinov2": config.dinov2})  # before what takes seconds to import
     from tqdm import tqdm
 
     from elastic3d.pipelines import generation

@@ -38,7 +38,7 @@ def test_there_is_a_command_for_every_script() -> None:
         "calibrate image=gone/*.png",
         "compare_decoding images=gone output=x",
         "benchmark images=gone output=x",
-        "gen_mesh prompt=chair output=x.glb calibration=gone",
+        "gen_mesh prompt=chair output=x.glb dinov2=gone",
         "held_out split=gone output=x",
         "held_out data.path=gone output=x",
         "import_weights dinov2=gone output=x",
