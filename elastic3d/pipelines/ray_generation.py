@@ -76,7 +76,11 @@ def _spread(ray: Any, kind: Any, todo: list[list[Job]], config: GenerateConfig) 
             if isinstance(error.cause, UserError):  # of an option: no batch could be made
                 raise error.cause from error
             raise
-        except ray.exceptions.RayActorError:
+        except (  # OutOfMemoryError: killed by Ray itself, before the system runs out
+            ray.exceptions.RayActorError,
+            ray.exceptions.OutOfMemoryError,
+            ray.exceptions.NodeDiedError,
+        ):
             outcomes = [Outcome.of(job, "failed", _DIED) for job in batch]
             worker = kind.remote(config, folder)
         yield from outcomes
