@@ -20,7 +20,8 @@ from elastic3d.utils.files import check_paths, check_there
 
 def main(config: CalibratePolicyConfig) -> None:
     """Load the model, generate, write."""
-    check_there({"image": config.image, "prompts": config.prompts})  # before what takes seconds to import
+    # before what takes seconds to import
+    check_there({name: getattr(config, name) for name in ("image", "prompts", "dinov2")})
     from tqdm import tqdm
 
     from elastic3d.pipelines.calibration import calibrate_policy, target_file

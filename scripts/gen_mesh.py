@@ -19,6 +19,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from _cli import run
 from elastic3d.errors import UserError
 from elastic3d.evaluation.options import Runner
 from elastic3d.pipelines.options import GenerateConfig
+from elastic3d.utils.claims import sole_use
 from elastic3d.utils.files import check_there
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ STAGES = {"condition": "image", "dit": "step", "decode": "decoding", "cleanup": 
 
 def main(config: GenerateConfig) -> int:
     """Plan, load the model, generate; 1 if any image failed."""
-    check_there(config.inputs)  # before what takes seconds to import
+    check_there({**config.inputs, "dinov2": config.dinov2})  # before what takes seconds to import
     from tqdm import tqdm
 
     from elastic3d.pipelines import generation
@@ -48,7 +50,9 @@ def main(config: GenerateConfig) -> int:
     single = len(plan.jobs) == 1 and plan.folder is None
     outcomes: list[generation.Outcome] = []
     make = maker(plan.jobs, config)
-    with tqdm(total=len(plan.jobs), unit="mesh", leave=False, disable=None) as bar:
+    # two commands at once would each leave a summary without the other's meshes
+    claim = sole_use(plan.folder) if plan.folder and len(plan.jobs) > 1 else nullcontext()
+    with claim, tqdm(total=len(plan.jobs), unit="mesh", leave=False, disable=None) as bar:
 
         def tell(outcome: generation.Outcome) -> None:
             outcomes.append(outcome)
@@ -76,7 +80,7 @@ def maker(
     jobs: Sequence[Job], config: GenerateConfig
 ) -> Callable[[Callable[[Outcome], None], OnProgress], None]:
     """What makes the meshes, its model loaded: in this process, or over a Ray cluster."""
-    from elastic3d.pipelines.generation import check_trace, generate, load_pipeline
+    from elastic3d.pipelines.generation import check_options, generate, load_pipeline
 
     if config.runner is Runner.ray:
         from elastic3d.pipelines.ray_generation import generate_over_ray
@@ -88,8 +92,7 @@ def maker(
         from elastic3d.pipelines.text_to_3d import prompt_drawer
 
         draw, config = prompt_drawer(config, pipeline)
-    if config.trace:
-        check_trace(pipeline, config)
+    check_options(pipeline, config)
     return lambda tell, show: generate(pipeline, jobs, config, tell, show, draw, alone=len(jobs) == 1)
 
 

@@ -8,20 +8,20 @@ Run it again and it goes on where it was. `sheet.png` shows input, generated, gr
 
 from __future__ import annotations
 
-from typing import Any
-
 from _cli import run
 
-from elastic3d.training.held_out import HeldOutConfig
-from elastic3d.utils.files import check_paths
+from elastic3d.training.options import HeldOutConfig
+from elastic3d.utils.files import check_paths, check_there
 
 
 def main(config: HeldOutConfig) -> int:
     """Write the folders of meshes."""
+    lists = {"split": config.split, "train": config.train}
+    prepared = {"data.path": config.data.path, "data.output": config.data.output}
+    check_there({**lists, **prepared})  # before what takes seconds to import
+    check_paths({"model": config.model, **lists, **prepared}, {}, {"output": config.output})
     from elastic3d.training.held_out import build_held_out
 
-    inputs: dict[str, Any] = {"model": config.model, "split": config.split, "train": config.train}
-    check_paths(inputs | {"data.output": config.data.output}, {}, {"output": config.output})
     ids = build_held_out(config)
     print(f"{len(ids)} held-out shapes in {config.output}; score a folder with scripts/evaluate.py")
     return 0

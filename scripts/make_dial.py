@@ -11,16 +11,18 @@ from __future__ import annotations
 
 from _cli import run
 
-from elastic3d.diffusion.dial import DIAL_NAME
 from elastic3d.diffusion.options import Quality
-from elastic3d.pipelines.runtime import find_model
 from elastic3d.studies.config import DialConfig
-from elastic3d.studies.dial import make_dial
-from elastic3d.utils.files import check_paths
+from elastic3d.utils.files import check_paths, check_there
 
 
 def main(config: DialConfig) -> int:
     """Write the file and print its rows."""
+    check_there({"results": config.results})  # before what takes seconds to import
+    from elastic3d.diffusion.dial import DIAL_NAME
+    from elastic3d.pipelines.runtime import find_model
+    from elastic3d.studies.dial import make_dial
+
     check_paths({"results": config.results}, {"dial": find_model(config.model) / DIAL_NAME})
     dial = make_dial(config)
     for row in dial.rows:

@@ -12,11 +12,12 @@ from __future__ import annotations
 from _cli import run
 
 from elastic3d.studies.config import StagesConfig
-from elastic3d.utils.files import check_paths
+from elastic3d.utils.files import check_paths, check_there
 
 
 def main(config: StagesConfig) -> int:
     """Measure, write the JSON, print the table."""
+    check_there({"image": config.image, "against": config.against})  # before what takes seconds to import
     from elastic3d.studies.stages import measure_stages, printed
 
     reads = {"image": config.image, "model": config.model, "against": config.against}

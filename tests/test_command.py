@@ -38,6 +38,14 @@ def test_there_is_a_command_for_every_script() -> None:
         "calibrate image=gone/*.png",
         "compare_decoding images=gone output=x",
         "benchmark images=gone output=x",
+        "gen_mesh prompt=chair output=x.glb dinov2=gone",
+        "held_out split=gone output=x",
+        "held_out data.path=gone output=x",
+        "import_weights dinov2=gone output=x",
+        "make_dial results=gone",
+        "measure_colour data.splits=gone",
+        "measure_familiarity prepared=gone",
+        "time_stages image=gone",
     ],
 )
 def test_what_is_not_there_is_told_before_anything_slow_is_imported(command: str, tmp_path: Path) -> None:

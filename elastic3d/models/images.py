@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,9 +108,22 @@ def save_image(image: Image.Image, path: str | Path, metadata: dict[str, Any]) -
         image.save(temporary, "PNG", pnginfo=entries)
 
 
-def images_in(folder: Path, recursive: bool = False) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     """The images of a folder, sorted, without drawings. UserError if it can't be read."""
-    return [path for path in visible_files(folder, recursive, IMAGE_SUFFIXES) if not is_drawing(path)]
+    return [path for path in visible_files(folder, False, IMAGE_SUFFIXES) if not is_drawing(path)]
+
+
+def without_drawings(found: Sequence[Path], what: str) -> list[Path]:
+    """Images without drawings. UserError, which begins with `what`, where no other is among them."""
+    images = [path for path in found if not is_drawing(path)]
+    if not images:
+        rest = (
+            " but previews and drawings of routes, which are left out: expected images of objects"
+            if found
+            else f" ({', '.join(IMAGE_SUFFIXES)})"
+        )
+        raise UserError(f"{what} holds no image{rest}")
+    return images
 
 
 def is_drawing(path: Path) -> bool:

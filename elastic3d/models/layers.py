@@ -63,7 +63,7 @@ def farthest_points(points: Tensor, count: int) -> Tensor:
     # One array an axis: (B, P) stays below the size from which elementwise kernels wake the thread pool, P times.
     axes = [axis.contiguous() for axis in points.float().unbind(-1)]
     chosen = torch.zeros(B, count, dtype=torch.long, device=points.device)
-    distance = torch.full((B, P), math.inf, device=points.device)
+    distance = torch.full_like(axes[0], math.inf)
     for i in range(1, count):
         last = chosen[:, i - 1, None]
         squared = torch.zeros_like(distance)

@@ -334,10 +334,10 @@ class ShapeVAE(PretrainedMixin, nn.Module):
         mean, std = self._statistics(latents.device)
         return latents.float() / self.config.scale_factor * std + mean
 
-    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of raw latents, (C,) or (1,) each."""
-        mean, std = self.config.latent_mean or [0.0], self.config.latent_std or [1.0]
-        return torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    def _statistics(self, device: torch.device) -> list[Tensor]:
+        """Mean and standard deviation of raw latents, (C,) or (1,) each, in fp32."""
+        both = self.config.latent_mean or [0.0], self.config.latent_std or [1.0]
+        return [torch.tensor(each, device=device, dtype=torch.float32) for each in both]
 
     def decode(self, latents: Tensor) -> Tensor:
         """DiT-space latents (B,N,C) -> decoder tokens (B,N,D); anchored: (B,N,3+D), the anchor in front, in fp32."""

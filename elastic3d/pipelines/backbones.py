@@ -141,7 +141,11 @@ class Backbone(ABC):
         return {"true_cfg_scale": guidance, **other}
 
     def _guidance(self, guidance: float, like: Tensor) -> Tensor | None:
-        return torch.full((len(like),), guidance, device=like.device) if self.embeds_guidance else None
+        return (
+            torch.full((len(like),), guidance, device=like.device, dtype=torch.float32)
+            if self.embeds_guidance
+            else None
+        )
 
 
 class FluxBackbone(Backbone):

@@ -26,8 +26,8 @@ from elastic3d.models.images import (
     IMAGE_SUFFIXES,
     VIEW_NAMES,
     ImageInput,
-    is_drawing,
     save_image,
+    without_drawings,
 )
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.assets import check_asset, coloured
@@ -227,11 +227,14 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
     return pipeline
 
 
-def check_trace(pipeline: ImageTo3DPipeline, config: GenerateConfig) -> None:
-    """UserError if routes are to be drawn of the dense model, which the options run; before a mesh is made."""
+def check_options(pipeline: ImageTo3DPipeline, config: GenerateConfig) -> None:
+    """UserError of options that this model can't honour, or if routes are to be drawn of the dense model, which they
+    run; before a mesh is made."""
     requested = ElasticOptions(**ElasticOptions.of(config))
     given = {"steps": config.steps, "guidance": config.guidance}
-    check_routes(config.trace, pipeline.configured(requested, config.quality, **given)[1].elastic)
+    elastic = pipeline.configured(requested, config.quality, **given)[1].elastic
+    if config.trace:
+        check_routes(config.trace, elastic)
 
 
 def generate(
@@ -419,11 +422,7 @@ def find_images(pattern: str) -> list[Path]:
     """Images in a folder, or files that match a glob; sorted, without drawings such as previews."""
     folder = Path(pattern)
     found = visible_files(folder, False, IMAGE_SUFFIXES) if folder.is_dir() else matching_files(pattern)
-    found = [path for path in found if not is_drawing(path)]
-    if not found:
-        kinds = f" ({', '.join(IMAGE_SUFFIXES)})" if folder.is_dir() else ""
-        raise UserError(f"image is {printable(pattern)}, which holds no image{kinds}")
-    return found
+    return without_drawings(found, f"image is {printable(pattern)}, which")
 
 
 def _into_folder(config: GenerateConfig, many: bool) -> list[tuple[Path, Path]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic3d.errors import UserError
-from elastic3d.pipelines.generation import Job, Outcome, batches, check_trace, generate, load_pipeline
+from elastic3d.pipelines.generation import Job, Outcome, batches, check_options, generate, load_pipeline
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.runtime import resolve_device
@@ -26,11 +26,10 @@ class Worker:
         self._pipeline: ImageTo3DPipeline | None = None
 
     def make(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """The outcomes of jobs, their files written. UserError as `load_pipeline` and `check_trace`."""
+        """The outcomes of jobs, their files written. UserError as `load_pipeline` and `check_options`."""
         if self._pipeline is None:
             self._pipeline = load_pipeline(self._config, self._config.rows)
-            if self._config.trace:
-                check_trace(self._pipeline, self._config)
+            check_options(self._pipeline, self._config)
         outcomes: list[Outcome] = []
         generate(self._pipeline, jobs, self._config, outcomes.append)
         return outcomes
@@ -77,7 +76,11 @@ def _spread(ray: Any, kind: Any, todo: list[list[Job]], config: GenerateConfig) 
             if isinstance(error.cause, UserError):  # of an option: no batch could be made
                 raise error.cause from error
             raise
-        except ray.exceptions.RayActorError:
+        except (  # OutOfMemoryError: killed by Ray itself, before the system runs out
+            ray.exceptions.RayActorError,
+            ray.exceptions.OutOfMemoryError,
+            ray.exceptions.NodeDiedError,
+        ):
             outcomes = [Outcome.of(job, "failed", _DIED) for job in batch]
             worker = kind.remote(config, folder)
         yield from outcomes

@@ -29,11 +29,11 @@ class ColourConfig(Options):
 
     data: PrepareConfig = option(PrepareConfig, "Where the shapes come from.")
     model: str = option("", "Folder of the model; empty: the bundled model.")
-    quality: Quality = option(Quality.default, "Of the meshes.")
+    quality: Quality | None = option(None, "Of the meshes; null: the model's default.")
     resolution: int = option(128, "Grid cells a side of the meshes.", ge=8, le=512)
     limit: int = option(10, "Held-out shapes, the first of the source.", ge=1, le=10_000)
     seed: int = option(0, "Of views, lights and noise.", ge=0, le=2**31)
-    output: Path | None = option(None, "Also write the figures to this JSON file.")
+    output: Path | None = option(None, "Also write the figures to this JSON file, after each shape.")
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +19,13 @@ from elastic3d.models.image_encoder import (
     image_feature,
     load_image_encoder,
 )
-from elastic3d.models.images import images_in, prepare, to_tensor
+from elastic3d.models.images import IMAGE_SUFFIXES, prepare, to_tensor, without_drawings
 from elastic3d.models.options import ForegroundConfig
-from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.training.datasets import PreparedShapes, read_split
+from elastic3d.training.options import FamiliarityConfig
 from elastic3d.training.views import augment_view, stored_views
-from elastic3d.utils.files import save_json
-from elastic3d.utils.options import Options, option
-
-
-@dataclass(kw_only=True)
-class FamiliarityConfig(Options):
-    """Which images a model was trained on, and how seldom one like them may be called unfamiliar."""
-
-    model: Path = option(Path(DEFAULT_MODEL), "folder of the model; the statistics are written into it")
-    prepared: Path = option(Path("data/prepared"), "folder of prepared shapes, whose views are the images")
-    train: list[Path] = option(
-        [Path("data/splits/train.txt")], "lists of the shapes the model was trained on"
-    )
-    val: list[Path] = option([Path("data/splits/val.txt")], "lists of shapes that the threshold is chosen on")
-    sources: list[str] = option(
-        ["infinigen", "sweethome3d"], "sources that the model was trained on", lengths=(1, 100)
-    )
-    views: int = option(4, "views of each shape, from the first", ge=1, le=1000)
-    components: int = option(64, "principal components with a variance of their own", ge=1, le=1 << 16)
-    false_alarms: float = option(
-        0.02, "share of the validation images that may be called unfamiliar", gt=0, lt=1
-    )
-    batch: int = option(16, "images encoded at a time", ge=1, le=4096)
-    probe: list[Path] = option([], "folders of other images: how many of each are called unfamiliar")
-
-    def check(self) -> None:
-        """The record has a name for each folder of other images."""
-        names = [folder.name for folder in self.probe]
-        if len(set(names)) < len(names):
-            raise ValueError(f"probe has folders named {', '.join(names)}, expected different names")
+from elastic3d.utils.files import save_json, visible_files
 
 
 def measure_familiarity(config: FamiliarityConfig) -> dict[str, Any]:
@@ -119,7 +89,7 @@ def _features(
 def _probe(folder: Path, encoder: ImageEncoder, found: Familiarity) -> dict[str, Any]:
     """Distances of the images of a folder, those without an object left out."""
     distances, unused = [], 0
-    for path in images_in(folder):
+    for path in without_drawings(visible_files(folder, False, IMAGE_SUFFIXES), f"probe={folder}"):
         try:
             image = prepare(path, ForegroundConfig(), encoder)[0]
         except UserError:

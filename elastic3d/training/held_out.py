@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -33,50 +32,23 @@ from elastic3d.models.images import prepare_image, to_tensor
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.weights import read_weights, save_weights
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
-from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.pipelines.runtime import find_model
-from elastic3d.preparation.options import PrepareConfig, SourceName
+from elastic3d.preparation.options import SourceName
 from elastic3d.preparation.prepare import open_source
 from elastic3d.preparation.shards import finished_sidecars
 from elastic3d.training.datasets import PreparedShapes, item_generator, read_split
 from elastic3d.training.journal import contact_sheet, field_meshes, mesh_image, on_white
+from elastic3d.training.options import HeldOutConfig
 from elastic3d.training.vae import VAEItems, VAEStageConfig
 from elastic3d.training.views import stored_views
 from elastic3d.utils.claims import SETTINGS_NAME, claim_folder, sole_use
-from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import atomic_path, file_sha256
-from elastic3d.utils.options import Options, option, to_dict
+from elastic3d.utils.options import to_dict
 
 SHEET_SHAPES = 64
 IMAGE_SIZE = 128
 # of a model folder: what decides its meshes beside the weights
 _DEFAULTS = (PIPELINE_NAME, "dial.json", "routers/*.json")
-
-
-@dataclass(kw_only=True)
-class HeldOutConfig(Options):
-    """What a model makes of held-out shapes, as folders of meshes that `scripts/evaluate.py` compares."""
-
-    model: str = option(DEFAULT_MODEL, "folder of the model")
-    output: Path = option(Path("outputs/held_out"), "folder for the folders of meshes")
-    split: Path = option(Path("data/splits/test.txt"), "list of source/id to take held-out shapes from")
-    train: Path = option(
-        Path("data/splits/train.txt"), "list of source/id the nearest shape is looked for in"
-    )
-    data: PrepareConfig = option(PrepareConfig, "source of the shapes; its output is where the shards are")
-    limit: int = option(64, "held-out shapes, spread evenly over the list; 0 takes all", ge=0, le=1 << 20)
-    view: int = option(0, "which of the stored views is the input", ge=0, le=1000)
-    seeds: list[int] = option(
-        [0, 1, 2], "seeds of generation; empty: no generation", ge=0, le=2**63 - 1, unique=True
-    )
-    steps: int | None = option(None, "sampling steps; null: the model's default", ge=1, le=1000)
-    guidance: float | None = option(None, "guidance scale; null: the model's default", ge=0, le=100)
-    resolution: int = option(256, "grid cells a side of the decoding", ge=8, le=512)
-    surface_points: int = option(2048, "surface points the VAE's encoder reads", ge=1, le=1 << 20)
-    bank_views: int = option(4, "views of each training shape that retrieval compares with", ge=1, le=1 << 20)
-    batch_size: int = option(8, "meshes generated at a time", ge=1, le=1 << 20)
-    device: DeviceChoice = option(DeviceChoice.auto, "where the model runs")
-    dtype: DTypeChoice = option(DTypeChoice.auto, "number format of the model")
 
 
 def build_held_out(config: HeldOutConfig) -> list[str]:

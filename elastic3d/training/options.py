@@ -1,4 +1,5 @@
-"""What stages share: the loop's options, the data, and where a run lies. Each stage's own are beside it."""
+"""What stages share: the loop's options, the data, and where a run lies. Each stage's own are beside it. Also those of
+scripts that measure a trained model."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastic3d.errors import UserError
-from elastic3d.utils.devices import DeviceChoice
+from elastic3d.pipelines.options import DEFAULT_MODEL
+from elastic3d.preparation.options import PrepareConfig
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.options import Options, option
 
 if TYPE_CHECKING:
@@ -207,3 +210,57 @@ class GenerationTrainConfig(TrainConfig):
         0, "without effect: there are no sample images", ge=0, le=MAX_STEPS, internal=True
     )
     compile: bool = option(False, "no model to compile", internal=True)
+
+
+@dataclass(kw_only=True)
+class HeldOutConfig(Options):
+    """What a model makes of held-out shapes, as folders of meshes that `scripts/evaluate.py` compares."""
+
+    model: str = option(DEFAULT_MODEL, "folder of the model")
+    output: Path = option(Path("outputs/held_out"), "folder for the folders of meshes")
+    split: Path = option(Path("data/splits/test.txt"), "list of source/id to take held-out shapes from")
+    train: Path = option(
+        Path("data/splits/train.txt"), "list of source/id the nearest shape is looked for in"
+    )
+    data: PrepareConfig = option(PrepareConfig, "source of the shapes; its output is where the shards are")
+    limit: int = option(64, "held-out shapes, spread evenly over the list; 0 takes all", ge=0, le=1 << 20)
+    view: int = option(0, "which of the stored views is the input", ge=0, le=1000)
+    seeds: list[int] = option(
+        [0, 1, 2], "seeds of generation; empty: no generation", ge=0, le=2**63 - 1, unique=True
+    )
+    steps: int | None = option(None, "sampling steps; null: the model's default", ge=1, le=1000)
+    guidance: float | None = option(None, "guidance scale; null: the model's default", ge=0, le=100)
+    resolution: int = option(256, "grid cells a side of the decoding", ge=8, le=512)
+    surface_points: int = option(2048, "surface points the VAE's encoder reads", ge=1, le=1 << 20)
+    bank_views: int = option(4, "views of each training shape that retrieval compares with", ge=1, le=1 << 20)
+    batch_size: int = option(8, "meshes generated at a time", ge=1, le=1 << 20)
+    device: DeviceChoice = option(DeviceChoice.auto, "where the model runs")
+    dtype: DTypeChoice = option(DTypeChoice.auto, "number format of the model")
+
+
+@dataclass(kw_only=True)
+class FamiliarityConfig(Options):
+    """Which images a model was trained on, and how seldom one like them may be called unfamiliar."""
+
+    model: Path = option(Path(DEFAULT_MODEL), "folder of the model; the statistics are written into it")
+    prepared: Path = option(Path("data/prepared"), "folder of prepared shapes, whose views are the images")
+    train: list[Path] = option(
+        [Path("data/splits/train.txt")], "lists of the shapes the model was trained on"
+    )
+    val: list[Path] = option([Path("data/splits/val.txt")], "lists of shapes that the threshold is chosen on")
+    sources: list[str] = option(
+        ["infinigen", "sweethome3d"], "sources that the model was trained on", lengths=(1, 100)
+    )
+    views: int = option(4, "views of each shape, from the first", ge=1, le=1000)
+    components: int = option(64, "principal components with a variance of their own", ge=1, le=1 << 16)
+    false_alarms: float = option(
+        0.02, "share of the validation images that may be called unfamiliar", gt=0, lt=1
+    )
+    batch: int = option(16, "images encoded at a time", ge=1, le=4096)
+    probe: list[Path] = option([], "folders of other images: how many of each are called unfamiliar")
+
+    def check(self) -> None:
+        """The record has a name for each folder of other images."""
+        names = [folder.name for folder in self.probe]
+        if len(set(names)) < len(names):
+            raise ValueError(f"probe has folders named {', '.join(names)}, expected different names")

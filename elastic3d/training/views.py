@@ -16,8 +16,9 @@ from PIL import Image
 from scipy import ndimage
 
 from elastic3d.errors import UserError
-from elastic3d.models.images import IMAGE_SUFFIXES, images_in
+from elastic3d.models.images import IMAGE_SUFFIXES, without_drawings
 from elastic3d.training.datasets import PreparedShapes
+from elastic3d.utils.files import visible_files
 
 MIN_OPAQUE_PIXELS = 16  # of a view; with fewer there is no object to recognise
 SHADOW, SMALL, COMPRESSED, PALE, EXPOSED, GREY = 0.25, 0.25, 0.3, 0.08, 0.4, 0.05  # shares of the views
@@ -42,10 +43,9 @@ def named_images(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise UserError(f"latents.images={folder} is no folder, expected one with images")
     found: dict[str, list[Path]] = {}
-    for path in images_in(folder, recursive=True):
+    images = visible_files(folder, suffixes=IMAGE_SUFFIXES)
+    for path in without_drawings(images, f"latents.images={folder}"):
         found.setdefault("--".join(path.relative_to(folder).with_suffix("").parts), []).append(path)
-    if not found:
-        raise UserError(f"latents.images={folder} holds no image, expected {', '.join(IMAGE_SUFFIXES)}")
     return found
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +20,10 @@ from elastic3d.models import images as models_images
 from elastic3d.models.images import images_in
 from elastic3d.pipelines import published
 from elastic3d.pipelines.call import Result
-from elastic3d.pipelines.generation import Job, _saved, batches, generate, load_pipeline, plan
+from elastic3d.pipelines.generation import Job, Outcome, _saved, batches, generate, load_pipeline, plan
 from elastic3d.pipelines.options import AssetConfig, GenerateConfig, MeshFormat, Texture
 from elastic3d.pipelines.preview import draw_routes, turntable
-from elastic3d.pipelines.ray_generation import Worker
+from elastic3d.pipelines.ray_generation import Worker, _spread
 from elastic3d.training.views import named_images
 
 
@@ -74,6 +77,13 @@ def test_what_a_command_draws_is_no_image_of_a_folder(tmp_path: Path) -> None:
     }
     assert named_images(tmp_path) == {"a": [image], "b": [made]}
     assert len(_plan(tmp_path / "a.png", tmp_path / "c.glb")) == 1, "it is asked for by its name"
+    for path in (image, made):
+        path.unlink()
+    left_out = "holds no image but previews and drawings of routes, which are left out"
+    with pytest.raises(UserError, match=f"^image is {tmp_path}, which {left_out}"):
+        _plan(tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match=f"^latents.images={tmp_path} {left_out}"):
+        named_images(tmp_path)
 
 
 def test_equal_stems_keep_their_suffix(tmp_path: Path) -> None:
@@ -250,3 +260,42 @@ def test_folders_as_cameras_and_phones_fill_them(tmp_path: Path) -> None:
         *("a.png", "b.jfif", "c.jp2", "d.heic", "e.avif", "f.JPE")
     ]
     assert [job.image.name for job in _plan(photos / "*.jp2", tmp_path / "out")] == ["c.jp2"]
+
+
+class StandIn:
+    """In the place of the module `ray`, which not every environment has: its calls run here, when they are asked for.
+    The exceptions have the bases that they have there."""
+
+    class exceptions:  # noqa: N801
+        RayTaskError, RayActorError, OutOfMemoryError, NodeDiedError = (
+            type(name, (Exception,), {})
+            for name in ("RayTaskError", "RayActorError", "OutOfMemoryError", "NodeDiedError")
+        )
+
+    def __init__(self, make: Callable[[Sequence[Job]], list[Outcome]]) -> None:
+        self.started, self.make = 0, make
+
+    def remote(self, *arguments: object) -> SimpleNamespace:
+        self.started += 1
+        return SimpleNamespace(make=SimpleNamespace(remote=lambda batch: partial(self.make, batch)))
+
+    def wait(self, running: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return running[:num_returns], running[num_returns:]
+
+    def get(self, call: Callable[[], list[Outcome]]) -> list[Outcome]:
+        return call()
+
+
+@pytest.mark.parametrize("death", ["RayActorError", "OutOfMemoryError", "NodeDiedError"])
+def test_a_worker_of_a_cluster_that_dies_costs_its_batch(death: str, tmp_path: Path) -> None:
+    jobs = [Job(Path(f"{name}.png"), 0, tmp_path / f"{name}.glb") for name in "abc"]
+
+    def make(batch: Sequence[Job]) -> list[Outcome]:
+        if batch[0] is jobs[1]:
+            raise getattr(StandIn.exceptions, death)
+        return [Outcome.of(job, "ok") for job in batch]
+
+    ray, config = StandIn(make), GenerateConfig(image="in", output="out", workers=1)
+    found = list(_spread(ray, ray, [[job] for job in jobs], config))
+    assert [outcome.status for outcome in found] == ["ok", "failed", "ok"] and ray.started == 2
+    assert "the process that made it died (out of memory" in (found[1].error or "")

@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_dial import load as load_dialled
+from tiny_dial import save_dialled
 from tiny_pipeline import CHANNELS, LATENTS, image, save_image, tiny_pipeline
 from transformers import Dinov2Config, Dinov2Model
 
@@ -69,6 +71,21 @@ def test_metadata(pipeline: ImageTo3DPipeline) -> None:
     guided = pipeline(image(), steps=2, guidance=3.0).metadata
     assert guided["flops_dense"] == 2 * flops
     json.dumps(metadata)
+
+
+def test_the_default_number_format_of_a_program_changes_nothing(tmp_path: Path) -> None:
+    """`torch.set_default_dtype(torch.float64)`, before a model is loaded and while it runs; also with routers."""
+    folder, found = save_dialled(tmp_path / "model"), []
+    try:
+        for default in (torch.float32, torch.float64):
+            torch.set_default_dtype(default)
+            pipeline = load_dialled(folder)
+            results = [pipeline(image(), quality="fast"), pipeline(image(), steps=3, budget=0.8)]
+            found.append([np.asarray(result.mesh.vertices) for result in results])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for usual, double in zip(*found, strict=True):
+        assert np.array_equal(usual, double)
 
 
 def test_seed_image_and_guidance_matter(pipeline: ImageTo3DPipeline) -> None:

@@ -140,7 +140,7 @@ def test_a_mapping_that_is_none_is_told_in_a_sentence(
 def test_defaults_that_the_repository_ships_hold_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from elastic3d.training.held_out import HeldOutConfig
+    from elastic3d.training.options import HeldOutConfig
     from elastic3d.training.vae import VAETrainConfig
 
     monkeypatch.chdir(tmp_path)

@@ -28,6 +28,7 @@ from elastic3d.models.images import read_metadata
 from elastic3d.pipelines import generation
 from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.ray_generation import Worker
+from tests.processes import in_use_elsewhere
 
 Command = Callable[..., int]
 
@@ -52,7 +53,7 @@ def command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Com
 
 
 def _names(folder: str) -> list[str]:
-    return sorted(path.name for path in Path(folder).iterdir())
+    return sorted(path.name for path in Path(folder).glob("[!.]*"))
 
 
 def test_one_image_becomes_a_mesh(
@@ -98,6 +99,13 @@ def test_a_folder_with_a_bad_file(
     assert summary["counts"] == {"ok": 3, "failed": 1, "skipped": 0} and summary["not_reached"] == 0
     statuses = {Path(item["image"]).name: item["status"] for item in summary["items"]}
     assert statuses == {"a.png": "ok", "b.png": "ok", "c.png": "failed", "d.png": "ok"}
+
+    with in_use_elsewhere(tmp_path / "out"):
+        assert command("image=in", "output=out") == 2
+        assert "out is in use by another process" in capsys.readouterr().err
+        assert command("image=in/a.png", "output=out/x.stl") == 0, "a file of its own has no summary"
+    (tmp_path / "out/x.stl").unlink()
+    assert command("image=in", "output=new", "quality=fast") == 2 and not (tmp_path / "new").exists()
 
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.glb")}
     (tmp_path / "out/b.glb").unlink()
@@ -361,7 +369,7 @@ def test_a_prompt_becomes_a_mesh(
         assert read_metadata(tmp_path / f"x_{n}_image.png") == extras["image"]
     assert command(*options, "output=y.glb", "image=a.png") == 2
     assert "image= and prompt= are both there" in capsys.readouterr().err
-    assert command(*options, "output=y.glb", "budget=0.5") == 2
+    assert command(*options, "output=y.glb", "budget=0.5", "steps=20") == 2
     assert "budget is 0.5, expected at least 0.75 in 2 steps" in capsys.readouterr().err
     assert command(f"image_model={small}", "prompt=" + "ball " * 40, "output=y.glb") == 2
     assert "tokens, expected at most 12" in capsys.readouterr().err

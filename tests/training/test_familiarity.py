@@ -23,7 +23,8 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.preparation.options import PrepareConfig, ShapeConfig, SourceName
 from elastic3d.preparation.prepare import prepare_data
 from elastic3d.training.datasets import PreparedShapes
-from elastic3d.training.familiarity import FamiliarityConfig, measure_familiarity
+from elastic3d.training.familiarity import measure_familiarity
+from elastic3d.training.options import FamiliarityConfig
 from elastic3d.training.views import stored_views
 from elastic3d.utils.files import load_json, save_json
 

@@ -18,7 +18,8 @@ from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.preparation.options import PrepareConfig, ShapeConfig, SourceName
 from elastic3d.preparation.prepare import prepare_data
-from elastic3d.training.held_out import HeldOutConfig, build_held_out
+from elastic3d.training.held_out import build_held_out
+from elastic3d.training.options import HeldOutConfig
 from elastic3d.utils.files import load_json, save_json
 from tests.processes import in_use_elsewhere
 
