@@ -5,7 +5,6 @@ The folder has `config.json`, `curves.json` and `model.safetensors`; the base mo
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from elastic3d.elastic.block import ElasticBlock
 from elastic3d.elastic.config import RouterConfig, RouterCurves, Scope
 from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.diffusers_loop import drive, drives
-from elastic3d.elastic.families import ModelAdapter
+from elastic3d.elastic.families import ModelAdapter, diffusers_blocks, hunyuan21_dit, shape_dit
 from elastic3d.elastic.few_step import FewStepLoRA
 from elastic3d.elastic.router import Conditioner, Router
 from elastic3d.elastic.session import ElasticSession
@@ -41,11 +40,11 @@ ROUTER_RECORDS = ("training.json", "training.csv", "few_step.json", "few_step.cs
 Architecture = RouterConfig | str | Path | None  # or the folder of trained routers that have one
 Source = RouteSource | None
 _SESSION = "_elastic"
-_FAMILIES = {  # class of the model -> its adapter
-    "ShapeDiT": "shape_dit.ADAPTER",
-    "SkipDiT": "hunyuan21_dit.ADAPTER",
-    "FluxTransformer2DModel": "diffusers_blocks.FLUX",
-    "QwenImageTransformer2DModel": "diffusers_blocks.QWEN_IMAGE",
+_FAMILIES = {  # by the name of the model's class, as diffusers is not imported here
+    "ShapeDiT": shape_dit.ADAPTER,
+    "SkipDiT": hunyuan21_dit.ADAPTER,
+    "FluxTransformer2DModel": diffusers_blocks.FLUX,
+    "QwenImageTransformer2DModel": diffusers_blocks.QWEN_IMAGE,
 }
 
 
@@ -168,8 +167,7 @@ def adapter_for(model: nn.Module) -> ModelAdapter:
     """The adapter of a model's family; ValueError where there is none."""
     for base in type(model).__mro__:
         if base.__name__ in _FAMILIES:
-            module, name = _FAMILIES[base.__name__].split(".")
-            return getattr(importlib.import_module(f"elastic3d.elastic.families.{module}"), name)
+            return _FAMILIES[base.__name__]
     raise ValueError(f"no routing for {type(model).__name__}, expected one of {', '.join(_FAMILIES)}")
 
 

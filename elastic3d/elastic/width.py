@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,10 @@ def prefix_mask(width: Tensor, hidden: int, ratios: Sequence[float]) -> Tensor:
 @contextmanager
 def masked(block: nn.Module, site: MLPSite, width: Tensor, ratios: Sequence[float]) -> Iterator[None]:
     """While it lasts, hidden units of `block`'s MLP are multiplied by the mask of the one-hot widths (B,K)."""
-    mask = prefix_mask(width, site.hidden, ratios)
-    if site.fc2_offset:
-        mask = torch.cat([mask.new_ones(len(mask), site.fc2_offset), mask], dim=-1)
-    hook = partial(_multiply, mask[:, None])
-    with block.get_submodule(site.fc2).register_forward_pre_hook(hook):
+    fc2 = block.get_submodule(site.fc2)
+    others = cast(int, fc2.in_features) - site.hidden
+    mask = nn.functional.pad(prefix_mask(width, site.hidden, ratios), (others, 0), value=1.0)
+    with fc2.register_forward_pre_hook(partial(_multiply, mask[:, None])):
         yield
 
 
@@ -51,10 +50,10 @@ def sliced(block: nn.Module, site: MLPSite, ratio: float) -> Iterator[None]:
     """
     units = prefix_length(site.hidden, ratio)
     fc1, fc2 = (plain_linear(block, name, "width=false") for name in (site.fc1, site.fc2))
-    views = {f"{site.fc1}.weight": fc1.weight[: site.fc1_offset + units]}
+    rows, columns = (size - site.hidden + units for size in (fc1.out_features, fc2.in_features))
+    views = {f"{site.fc1}.weight": fc1.weight[:rows], f"{site.fc2}.weight": fc2.weight[:, :columns]}
     if fc1.bias is not None:
-        views[f"{site.fc1}.bias"] = fc1.bias[: site.fc1_offset + units]
-    views[f"{site.fc2}.weight"] = fc2.weight[:, : site.fc2_offset + units]
+        views[f"{site.fc1}.bias"] = fc1.bias[:rows]
     try:
         if site.attribute is not None:
             setattr(block, site.attribute, units)

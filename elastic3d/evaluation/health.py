@@ -22,7 +22,13 @@ from embreex import rtcore_scene
 from embreex.mesh_construction import TriangleMesh
 from numpy.typing import NDArray
 
-from elastic3d.geometry.cleanup import MeshHealth, count_solids, mesh_health
+from elastic3d.geometry.cleanup import (
+    MeshHealth,
+    component_of_faces,
+    count_solids,
+    faces_at_edges,
+    mesh_health,
+)
 from elastic3d.geometry.mesh_io import weld
 from elastic3d.geometry.normalize import normalize_mesh, placement_of
 from elastic3d.geometry.sampling import sample_faces
@@ -192,7 +198,7 @@ def is_manifold(faces: NDArray[np.integer]) -> bool:
 
 def inconsistent_edges(mesh: trimesh.Trimesh) -> int:
     """Edges whose two faces run around in opposite senses."""
-    count = np.bincount(mesh.edges_unique_inverse)
+    count = faces_at_edges(mesh)
     forward = mesh.edges[:, 0] < mesh.edges[:, 1]
     sense = np.bincount(mesh.edges_unique_inverse, weights=np.where(forward, 1, -1))
     return int(((count == 2) & (sense != 0)).sum())
@@ -200,9 +206,7 @@ def inconsistent_edges(mesh: trimesh.Trimesh) -> int:
 
 def count_floaters(mesh: trimesh.Trimesh) -> int:
     """Components (joined by vertices, as in `mesh_health`) with less than `FLOATER` of the area."""
-    of_vertex = trimesh.graph.connected_component_labels(mesh.edges, node_count=len(mesh.vertices))
-    component = np.unique(of_vertex[mesh.faces[:, 0]], return_inverse=True)[1]
-    areas = np.bincount(component, weights=mesh.area_faces)
+    areas = np.bincount(component_of_faces(mesh), weights=mesh.area_faces)
     return int((areas < FLOATER * areas.sum()).sum())
 
 

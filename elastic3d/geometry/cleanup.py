@@ -52,8 +52,8 @@ def mesh_health(mesh: trimesh.Trimesh) -> MeshHealth:
         raise ValueError("the mesh has no faces, expected at least one")
     degenerate = float(_degenerate(mesh).mean())
     mesh = weld(mesh)
-    shared = _faces_at_edges(mesh)
-    labels = _component_of_faces(mesh)
+    shared = faces_at_edges(mesh)
+    labels = component_of_faces(mesh)
     area = np.bincount(labels, weights=mesh.area_faces)
     watertight = len(shared) > 0 and bool((shared == 2).all())
     return MeshHealth(
@@ -72,7 +72,7 @@ def mesh_health(mesh: trimesh.Trimesh) -> MeshHealth:
 def count_solids(mesh: trimesh.Trimesh) -> int:
     """Components of a closed mesh but cavities: of another sign of volume than the largest, and in the box of one."""
     mesh = weld(mesh)
-    labels, corners = _component_of_faces(mesh), mesh.triangles
+    labels, corners = component_of_faces(mesh), mesh.triangles
     sixfold = np.linalg.det(corners - corners[0, 0])  # far from the origin volumes would cancel
     volumes = np.bincount(labels, weights=sixfold)
     low, high = np.full((2, len(volumes), 3), [[[np.inf]], [[-np.inf]]])
@@ -115,7 +115,7 @@ def clean(mesh: trimesh.Trimesh, config: CleanupConfig) -> trimesh.Trimesh:
     max_faces = min(config.max_faces or len(mesh.faces), len(mesh.faces))
     if max_faces < len(mesh.faces) or _degenerate(mesh).any():
         mesh = simplify(mesh, max_faces)
-    if config.require_closed and (open_edges := int((_faces_at_edges(mesh) != 2).sum())):
+    if config.require_closed and (open_edges := int((faces_at_edges(mesh) != 2).sum())):
         raise UserError(f"the mesh is not closed: {open_edges} edges have no two faces")
     mesh = with_smooth_normals(mesh) if config.smooth_normals else with_flat_normals(mesh)
     return unwrap(mesh) if config.uv else mesh
@@ -123,7 +123,7 @@ def clean(mesh: trimesh.Trimesh, config: CleanupConfig) -> trimesh.Trimesh:
 
 def drop_floaters(mesh: trimesh.Trimesh, share: float) -> trimesh.Trimesh:
     """The mesh without components (outer or inner) whose area is below `share` of the largest component's."""
-    labels = _component_of_faces(mesh)
+    labels = component_of_faces(mesh)
     area = np.bincount(labels, weights=mesh.area_faces)
     keep = area >= share * area.max()
     if keep.all():
@@ -313,12 +313,12 @@ def unwrap(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     return result
 
 
-def _faces_at_edges(mesh: trimesh.Trimesh) -> np.ndarray:
+def faces_at_edges(mesh: trimesh.Trimesh) -> np.ndarray:
     """The number of faces (E,) at each undirected edge."""
     return np.bincount(mesh.edges_unique_inverse)
 
 
-def _component_of_faces(mesh: trimesh.Trimesh) -> np.ndarray:
+def component_of_faces(mesh: trimesh.Trimesh) -> np.ndarray:
     """Component number (F,) of each face; faces that share a vertex are connected."""
     edges = mesh.faces[:, [0, 1, 1, 2]].reshape(-1, 2)
     of_vertex = trimesh.graph.connected_component_labels(edges, node_count=len(mesh.vertices))

@@ -18,16 +18,14 @@ from elastic3d.elastic.rows import Rows
 class MLPSite:
     """An MLP inside a block whose hidden units can be cut to a prefix.
 
-    `fc1` and `fc2` are dotted names of `nn.Linear`s. Where they are fused with other projections, the hidden
-    units are the rows of fc1 from `fc1_offset` on and the columns of fc2 from `fc2_offset` on. `attribute` is
-    the block's own integer attribute that states the hidden width, if its forward reads one.
+    `fc1` and `fc2` are dotted names of `nn.Linear`s; where these are fused with other projections, the hidden units are
+    the last outputs of `fc1` and the last inputs of `fc2`. `attribute` is the block's own integer attribute that states
+    the hidden width, if its forward reads one.
     """
 
     fc1: str
     fc2: str
     hidden: int
-    fc1_offset: int = 0
-    fc2_offset: int = 0
     attribute: str | None = None
 
 
@@ -124,11 +122,10 @@ class BlockAdapter(ABC):
         return cast(nn.Linear, block.get_submodule(self.output)).out_features
 
     def mlp_site(self, block: nn.Module) -> MLPSite | None:
-        """The MLP that a router may narrow, None where there is none; ValueError where it has no plain prefix. Its
-        hidden units are the last outputs of its first layer, and the last inputs of its second."""
-        up, down = (cast(nn.Linear, block.get_submodule(name)) for name in self.mlp)  # or a LoRA's around one
-        hidden = up.out_features if self.mlp_width is None else getattr(block, self.mlp_width)
-        return MLPSite(*self.mlp, hidden, up.out_features - hidden, down.in_features - hidden, self.mlp_width)
+        """The MLP that a router may narrow, None where there is none; ValueError where it has no plain prefix."""
+        own = self.mlp_width  # the first layer may be a LoRA's around one
+        hidden = getattr(block, own) if own else block.get_submodule(self.mlp[0]).out_features
+        return MLPSite(*self.mlp, cast(int, hidden), own)
 
     def mlp_flops(self, block: nn.Module) -> int:
         """FLOPs of a token in the MLP at full width."""
