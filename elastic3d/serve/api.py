@@ -5,22 +5,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from elastic3d import __version__
 from elastic3d.errors import UserError
@@ -36,8 +35,10 @@ MEDIA_TYPES = {
     "obj": "model/obj",
     "stl": "model/stl",
 }
+JSON, FORM = "application/json", "multipart/form-data"
 POLL_S = 0.01
 ASK_CLIENT_S = 0.25
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class MeshBody(MeshRequest):
@@ -120,9 +121,13 @@ def _add_errors(app: FastAPI) -> None:
     async def of_the_user(_: Request, error: UserError) -> JSONResponse:
         return error_response(400, str(error))
 
-    @app.exception_handler(RequestValidationError)
-    async def of_a_value(_: Request, error: RequestValidationError) -> JSONResponse:
+    @app.exception_handler(ValidationError)
+    async def of_a_value(_: Request, error: ValidationError) -> JSONResponse:
         return error_response(400, sentence(error.errors()))
+
+    @app.exception_handler(ClientDisconnect)
+    async def of_nobody(_: Request, error: ClientDisconnect) -> JSONResponse:
+        return error_response(499, "the client went away")
 
     @app.exception_handler(HTTPException)
     async def of_the_framework(_: Request, error: HTTPException) -> JSONResponse:
@@ -143,28 +148,31 @@ def _from_base64(text: str) -> bytes:
         raise ApiError(400, "image is not base64, expected the bytes of an image file in base64") from error
 
 
+async def _read_json(request: Request, kind: type[Body]) -> Body:
+    """A JSON body. Not by `request.body` or an argument of the endpoint: these keep its bytes until the answer."""
+    _check_kind(request, JSON)
+    return kind.model_validate_json(b"".join([part async for part in request.stream()]))
+
+
 async def _read_mesh_body(request: Request) -> tuple[bytes, MeshRequest, bool]:
     """Image bytes, options and whether to wait, from JSON or a multipart form."""
+    if _check_kind(request, FORM, JSON) == JSON:
+        body = await _read_json(request, MeshBody)
+        return _from_base64(body.image), body.request(), body.wait
+    async with request.form(max_files=1, max_fields=32) as form:
+        upload = form.get("image")
+        if not isinstance(upload, UploadFile):
+            raise ApiError(400, "image is missing, expected a file in the form's field image")
+        body = MeshBody.model_validate({**form, "image": ""})
+        return await upload.read(), body.request(), body.wait
+
+
+def _check_kind(request: Request, *expected: str) -> str:
+    """The content type of a body. 415 for another one than is expected."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    try:
-        if kind == "application/json":
-            body = MeshBody.model_validate(json.loads(await request.body()))
-            return _from_base64(body.image), body.request(), body.wait
-        if kind != "multipart/form-data":
-            raise ApiError(
-                415,
-                f"content-type is {kind or 'missing':.80}, expected multipart/form-data or application/json",
-            )
-        async with request.form(max_files=1, max_fields=32) as form:
-            upload = form.get("image")
-            if not isinstance(upload, UploadFile):
-                raise ApiError(400, "image is missing, expected a file in the form's field image")
-            body = MeshBody.model_validate({**form, "image": ""})
-            return await upload.read(), body.request(), body.wait
-    except ValidationError as error:
-        raise ApiError(400, sentence(error.errors())) from error
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the request is no valid JSON: {str(error)[:120]}") from error
+    if kind not in expected:
+        raise ApiError(415, f"content-type is {kind or 'missing':.80}, expected {' or '.join(expected)}")
+    return kind
 
 
 async def _submit(queue: MeshQueue, config: ServeConfig, data: bytes, wanted: MeshRequest) -> Job:
@@ -178,8 +186,8 @@ async def _submit(queue: MeshQueue, config: ServeConfig, data: bytes, wanted: Me
         raise ApiError(429, str(error), {"Retry-After": "5"}) from error
 
 
-async def _wait_for(job: Job, queue: MeshQueue, request: Request, timeout_s: float) -> bytes:
-    """The finished mesh file; the job is given up with the client or the time."""
+async def _wait_for(job: Job, queue: MeshQueue, request: Request, timeout_s: float) -> Response:
+    """The finished mesh; the job is given up with the client or the time."""
     deadline, asked = time.monotonic() + timeout_s, time.monotonic()
     try:
         while not job.finished.is_set():
@@ -193,7 +201,7 @@ async def _wait_for(job: Job, queue: MeshQueue, request: Request, timeout_s: flo
                 asked = now
                 if await request.is_disconnected():
                     raise ApiError(499, "the client went away")
-        return _file_of(job).read_bytes()
+        return _mesh_response(job, _file_of(job).read_bytes())
     finally:
         queue.cancel(job)  # nothing of it is kept once it is answered
 
@@ -208,41 +216,43 @@ def _file_of(job: Job) -> Path:
     return job.file
 
 
-def _mesh_response(content: bytes, format: str) -> Response:
-    headers = {"Content-Disposition": f'attachment; filename="mesh.{format}"'}
-    return Response(content, media_type=MEDIA_TYPES[format], headers=headers)
+def _mesh_response(job: Job, content: bytes) -> Response:
+    headers = {"Content-Disposition": f'attachment; filename="mesh.{job.request.format}"'}
+    return Response(content, media_type=MEDIA_TYPES[job.request.format], headers=headers)
 
 
 # -------------------------------------------------------------------------------------------------- endpoints
 
 
 def _add_meshes(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
-    json_form = MeshBody.model_json_schema()
-    multipart = json_form | {
-        "properties": json_form["properties"] | {"image": {"type": "string", "format": "binary"}}
-    }
-    body = {
-        "required": True,
-        "content": {"multipart/form-data": {"schema": multipart}, "application/json": {"schema": json_form}},
-    }
+    schema = MeshBody.model_json_schema()
+    form = schema | {"properties": schema["properties"] | {"image": {"type": "string", "format": "binary"}}}
+
+    async def submit(request: Request) -> tuple[Job, bool]:
+        data, wanted, wait = await _read_mesh_body(request)
+        if not wait:
+            _check_jobs(config)
+        return await _submit(queue, config, data, wanted), wait
 
     @app.post(
         "/v1/meshes",
         summary="Make a mesh of an image",
-        openapi_extra={"requestBody": body},
+        openapi_extra=_described({FORM: form, JSON: schema}),
         responses={200: {"content": {"model/gltf-binary": {}}}, 202: {"description": "a job"}},
         response_model=None,
     )
     async def make_mesh(request: Request) -> Response:
-        data, fields, wait = await _read_mesh_body(request)
-        if not wait:
-            _check_jobs(config)
-        job = await _submit(queue, config, data, fields)
+        job, wait = await submit(request)
         if not wait:
             headers = {"Location": f"/v1/jobs/{job.id}"}
             return JSONResponse(job.describe(), 202, headers=headers)
-        content = await _wait_for(job, queue, request, config.timeout_s)
-        return _mesh_response(content, fields.format)
+        return await _wait_for(job, queue, request, config.timeout_s)
+
+
+def _described(schemas: dict[str, Any]) -> dict[str, Any]:
+    """What OpenAPI says of a body that the endpoint reads by itself: its JSON schema by content type."""
+    content = {kind: {"schema": schema} for kind, schema in schemas.items()}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _check_jobs(config: ServeConfig) -> None:
@@ -269,8 +279,7 @@ def _add_jobs(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
     @app.get("/v1/jobs/{id}/mesh", summary="The mesh of a finished job", response_model=None)
     async def job_mesh(id: str) -> Response:
         job = known(id)
-        content = await run_in_threadpool(_file_of(job).read_bytes)
-        return _mesh_response(content, job.request.format)
+        return _mesh_response(job, await run_in_threadpool(_file_of(job).read_bytes))
 
     @app.delete("/v1/jobs/{id}", summary="Cancel a job, or delete its mesh", status_code=204)
     async def delete_job(id: str) -> None:
@@ -278,18 +287,22 @@ def _add_jobs(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
 
 
 def _add_hunyuan(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
-    async def submit(body: HunyuanBody) -> Job:
+    described = _described({JSON: HunyuanBody.model_json_schema()})
+
+    async def submit(request: Request) -> Job:
+        body = await _read_json(request, HunyuanBody)
         return await _submit(queue, config, _from_base64(body.image), body.request())
 
-    @app.post("/generate", summary="As Hunyuan3D-2's server: the mesh", response_model=None)
-    async def generate(body: HunyuanBody, request: Request) -> Response:
-        job = await submit(body)
-        return _mesh_response(await _wait_for(job, queue, request, config.timeout_s), body.type)
+    @app.post(
+        "/generate", summary="As Hunyuan3D-2's server: the mesh", openapi_extra=described, response_model=None
+    )
+    async def generate(request: Request) -> Response:
+        return await _wait_for(await submit(request), queue, request, config.timeout_s)
 
-    @app.post("/send", summary="As Hunyuan3D-2's server: a job")
-    async def send(body: HunyuanBody) -> dict[str, str]:
+    @app.post("/send", summary="As Hunyuan3D-2's server: a job", openapi_extra=described)
+    async def send(request: Request) -> dict[str, str]:
         _check_jobs(config)
-        return {"uid": (await submit(body)).id}
+        return {"uid": (await submit(request)).id}
 
     @app.get("/status/{uid}", summary="As Hunyuan3D-2's server: how far a job is")
     async def status(uid: str) -> dict[str, str]:

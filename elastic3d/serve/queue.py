@@ -126,13 +126,13 @@ class MeshRequest(BaseModel):
 def sentence(errors: Sequence[Any]) -> str:
     """What pydantic says of the first value that is wrong."""
     first = errors[0]
-    name = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))[:80]
+    name = ".".join(str(part) for part in first["loc"])[:80]
     given = first.get("input")
     shown = f" is {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
     if first["type"] == "extra_forbidden":
         return f"there is no option {name}: GET /docs lists them"
     if first["type"] == "json_invalid":
-        return "the request is no valid JSON"
+        return f"the request is no valid JSON: {first['ctx']['error']:.120}"
     if first["type"].startswith("model_"):
         return f"{name or 'the request'} is no JSON object, expected one"
     return f"{name or 'the request'}{shown}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -31,7 +31,9 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
                 f"the image has {image.width} x {image.height} pixels, expected at most {max_pixels:,}"
             )
         with _UNPACKING:
-            return reduced(load_image(image))
+            kept = reduced(load_image(image))
+        kept.info.clear()  # comments and profiles may be as large as the file
+        return kept
     except UserError:
         raise
     except Image.DecompressionBombError as error:

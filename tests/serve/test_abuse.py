@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ import pytest
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
+from PIL.PngImagePlugin import PngInfo  # noqa: E402
 from tiny_pipeline import image, tiny_pipeline  # noqa: E402
 
 from elastic3d.serve import guard  # noqa: E402
@@ -80,10 +82,21 @@ def server() -> Iterator[Running]:
         yield started
 
 
-def png() -> bytes:
-    buffer = io.BytesIO()
-    image().save(buffer, "PNG")
+def png(comment: str = "") -> bytes:
+    buffer, entries = io.BytesIO(), PngInfo()
+    entries.add_text("comment", comment)
+    image().save(buffer, "PNG", pnginfo=entries)
     return buffer.getvalue()
+
+
+def as_json(data: bytes) -> bytes:
+    return b'{"image": "' + base64.b64encode(data) + b'"}'
+
+
+def head(path: str, length: int, kind: str = "application/json") -> bytes:
+    """Of a request whose body is sent by itself."""
+    lines = (f"POST {path} HTTP/1.1", "Host: a", f"Content-Type: {kind}", f"Content-Length: {length}")
+    return "".join(f"{line}\r\n" for line in (*lines, "")).encode()
 
 
 def bomb(side: int) -> bytes:
@@ -175,12 +188,10 @@ def test_many_clients_at_once_each_get_their_own(server: Running) -> None:
 def test_a_client_that_goes_away_costs_nothing(server: Running) -> None:
     """Killed while it waits, and killed in the middle of its upload."""
     with server.queue.models.use(""):  # nothing is generated meanwhile
-        body = b'{"image": "' + base64.b64encode(png()) + b'", "steps": 1, "resolution": 16}'
-        head = "POST /v1/meshes HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(body)}\r\n\r\n"
+        body = as_json(png())
         for sent in (body, body[:100]):
             with socket.create_connection(("127.0.0.1", server.port)) as client:
-                client.sendall(head.encode() + sent)
+                client.sendall(head("/v1/meshes", len(body)) + sent)
                 if sent is body:
                     _until(lambda: server.queue._jobs)
         _until(lambda: not server.queue._jobs)
@@ -193,9 +204,8 @@ def test_a_body_that_stops_arriving_is_not_waited_for(
     """A client that waits for its mesh may be as silent as it likes."""
     monkeypatch.setattr(guard, "BODY_S", 0.3)
     for path in ("/v1/meshes", "/generate"):
-        head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{{"
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
-            client.sendall(head.encode())
+            client.sendall(head(path, 99) + b"{")
             answer = b"".join(iter(lambda client=client: client.recv(4096), b""))  # until the server hangs up
         assert answer.startswith(b"HTTP/1.1 408") and b"stopped for 0.3 s" in answer
     with ThreadPoolExecutor(1) as pool:
@@ -203,6 +213,28 @@ def test_a_body_that_stops_arriving_is_not_waited_for(
             waiting = pool.submit(server.post)
             time.sleep(1)
         assert waiting.result(60).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["form", "json", "generate"])
+def test_an_upload_is_dropped_once_its_image_is_read(server: Running, kind: str) -> None:
+    """While its job waits, neither its bytes are held nor what the file says beside the pixels."""
+    data = png(comment="x" * 4_000_000)
+    if kind == "form":
+        form = httpx.Request("POST", "http://a", files={"image": data})
+        sent = head("/v1/meshes", len(form.read()), form.headers["content-type"]) + form.content
+    else:
+        body = as_json(data)
+        sent = head("/generate" if kind == "generate" else "/v1/meshes", len(body)) + body
+    with server.queue.models.use(""):  # nothing is generated meanwhile
+        tracemalloc.start()
+        try:
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(sent)
+                _until(lambda: server.queue._jobs)
+                _until(lambda: tracemalloc.get_traced_memory()[0] < 1_000_000, 5)
+        finally:
+            tracemalloc.stop()
+        _until(lambda: not server.queue._jobs)
 
 
 def _until(true, seconds: float = 30) -> None:
