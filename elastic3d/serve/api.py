@@ -97,7 +97,7 @@ def create_app(queue: MeshQueue, config: ServeConfig, metrics: Metrics) -> FastA
         await run_in_threadpool(queue.close, config.stop_s)
 
     app = FastAPI(title="elastic3d", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, config=config, metrics=metrics)
+    app.add_middleware(Guard, config=config, metrics=metrics, queue=queue)
     _add_errors(app)
     _add_meshes(app, queue, config)
     _add_jobs(app, queue, config)

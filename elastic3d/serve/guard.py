@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fastapi import HTTPException
@@ -15,20 +16,22 @@ if TYPE_CHECKING:
 
     from elastic3d.serve.config import ServeConfig
     from elastic3d.serve.metrics import Metrics
+    from elastic3d.serve.queue import MeshQueue
 
 OPEN_PATHS = ("/healthz",)
 BODY_S = 30.0  # that a part of a body may take
+ASK_S = 0.25  # after which a body that is waited for hears that the server stops
 
 
 class Guard:
     """ASGI middleware: 401 without the token, 413 for a larger body than allowed, 408 for one that stops
-    arriving, and a count of all answers.
+    arriving, 503 for one that arrives still when the queue is closed, and a count of all answers.
 
     No browser may take an answer for another kind of content than it says.
     """
 
-    def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics) -> None:
-        self._app, self._config, self._metrics = app, config, metrics
+    def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics, queue: MeshQueue) -> None:
+        self._app, self._config, self._metrics, self._queue = app, config, metrics, queue
         self._limit = int(config.max_megabytes * 1e6)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,6 +56,11 @@ class Guard:
                 await _answer(watched, *refusal)
                 return
             await self._app(scope, self._limited(receive), watched)
+        except (
+            asyncio.CancelledError
+        ):  # by uvicorn, of who has not taken the answer when the time to stop is over
+            if not self._queue.closed:
+                raise
         finally:
             self._metrics.answered(scope["path"], status, time.perf_counter() - started)
 
@@ -78,16 +86,23 @@ class Guard:
 
         async def limited() -> Message:
             nonlocal taken, whole
-            try:
-                message = await asyncio.wait_for(receive(), None if whole else BODY_S)
-            except asyncio.TimeoutError as error:
-                raise HTTPException(408, f"the request's body stopped for {BODY_S:g} s") from error
+            message = await (receive() if whole else self._part(receive))
             taken, whole = taken + len(message.get("body", b"")), not message.get("more_body", False)
             if taken > self._limit:
-                raise HTTPException(413, self._too_large())  # FastAPI takes others for a broken body
+                raise HTTPException(413, self._too_large())
             return message
 
         return limited
+
+    async def _part(self, receive: Receive) -> Message:
+        """The next part of a body. HTTPException where none comes in time, or the server stops before."""
+        deadline = time.monotonic() + BODY_S
+        while time.monotonic() < deadline:
+            if self._queue.closed:
+                raise HTTPException(503, "the server stops")
+            with suppress(asyncio.TimeoutError):
+                return await asyncio.wait_for(receive(), min(ASK_S, BODY_S))
+        raise HTTPException(408, f"the request's body stopped for {BODY_S:g} s")
 
 
 def _fits(given: bytes, token: str) -> bool:

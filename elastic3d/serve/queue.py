@@ -261,6 +261,11 @@ class MeshQueue:
                 job.file.unlink(missing_ok=True)
 
     @property
+    def closed(self) -> bool:
+        """Whether no job is taken any more."""
+        return self._closed
+
+    @property
     def waiting(self) -> int:
         """Jobs that have not begun."""
         return len(self._waiting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import resource
@@ -269,9 +270,31 @@ def test_no_upload_and_no_mesh_outlives_its_job() -> None:
     assert not folder.exists(), "stopped"
 
 
+@pytest.mark.parametrize("stopped", [True, False])
+def test_who_does_not_take_an_answer_is_given_up_when_the_server_stops(stopped: bool) -> None:
+    """At the ASGI interface: uvicorn cancels what has not ended in the time to stop, and shows what comes of it."""
+    queue = MeshQueue(tiny_pipeline())
+    if stopped:
+        queue.close()
+
+    async def app(scope: dict, receive: object, send: object) -> None:
+        await asyncio.Event().wait()
+
+    async def cancelled() -> bool:
+        guarded = guard.Guard(app, ServeConfig(), Metrics(), queue)
+        task = asyncio.create_task(guarded({"type": "http", "path": "/docs", "headers": []}, None, None))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        return task.cancelled()
+
+    assert asyncio.run(cancelled()) is not stopped
+    queue.close()
+
+
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_answers_all_within_the_time_to_stop(tmp_path: Path, how: signal.Signals, code: int) -> None:
-    """The command: what waits is cancelled at once, what runs after `stop_s`."""
+    """The command: what waits or arrives is refused at once, what runs after `stop_s`; nothing else is said."""
     tiny_pipeline().save_pretrained(tmp_path / "tiny")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -289,14 +312,23 @@ def test_a_signal_answers_all_within_the_time_to_stop(tmp_path: Path, how: signa
 
             with ThreadPoolExecutor(2) as pool:
                 asked = [pool.submit(ask, steps) for steps in (1000, 999)]
+                arriving, gone = (socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(2))
+                for upload in (arriving, gone):
+                    upload.sendall(head("/v1/meshes", 99) + b"{")
+                gone.close()
                 busy = {"status": "ok", "waiting": 1, "running": 1}
                 _until(lambda: client.get("/healthz").json() == busy)
                 process.send_signal(how)
+                with arriving:
+                    refused = b"".join(iter(partial(arriving.recv, 4096), b""))
+                assert refused.startswith(b"HTTP/1.1 503") and refused.endswith(
+                    b'{"error":"the server stops"}'
+                )
                 for answer in asked:
                     assert answer.result().status_code == 503, answer.result().text
                     assert answer.result().json()["error"] == "the job was cancelled: the server stops"
         _, said = process.communicate(timeout=50)
-        assert process.returncode == code and "Traceback" not in said, said
+        assert process.returncode == code and "Traceback" not in said and "ERROR" not in said, said
     finally:
         process.kill()
 

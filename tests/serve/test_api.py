@@ -219,7 +219,7 @@ def test_a_token_need_not_be_ascii(token: str, sent: list[bytes]) -> None:
     async def app(scope: dict, receive: object, send: Callable) -> None:
         await send({"type": "http.response.start", "status": 200})
 
-    guard = Guard(app, ServeConfig(token=token), Metrics())
+    guard = Guard(app, ServeConfig(token=token), Metrics(), queue=None)
     for given in (*sent, b"secret ?", b"????", b"", "secret á".encode()):
         headers = [(b"authorization", b"Bearer " + given)]
         asyncio.run(guard({"type": "http", "path": "/v1/models", "headers": headers}, None, send))
