@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from elastic3d import __version__
 from elastic3d.errors import UserError
 from elastic3d.serve.config import ServeConfig
-from elastic3d.serve.guard import Guard
+from elastic3d.serve.guard import BODY, Guard
 from elastic3d.serve.metrics import Metrics
 from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueClosed, QueueFull, sentence
 from elastic3d.serve.uploads import decode_image
@@ -107,7 +107,7 @@ def create_app(queue: MeshQueue, config: ServeConfig, metrics: Metrics) -> FastA
     return app
 
 
-def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """`{"error": message}`."""
     return JSONResponse({"error": message}, status, headers=headers)
 
@@ -131,7 +131,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def of_the_framework(_: Request, error: HTTPException) -> JSONResponse:
-        return error_response(error.status_code, str(error.detail))
+        return error_response(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(Exception)
     async def of_the_program(_: Request, error: Exception) -> JSONResponse:
@@ -188,6 +188,7 @@ async def _submit(queue: MeshQueue, config: ServeConfig, data: bytes, wanted: Me
 
 async def _wait_for(job: Job, queue: MeshQueue, request: Request, timeout_s: float) -> Response:
     """The finished mesh; the job is given up with the client or the time."""
+    request.scope[BODY].drop()
     deadline, asked = time.monotonic() + timeout_s, time.monotonic()
     try:
         while not job.finished.is_set():

@@ -21,18 +21,23 @@ if TYPE_CHECKING:
 OPEN_PATHS = ("/healthz",)
 BODY_S = 30.0  # that a part of a body may take
 ASK_S = 0.25  # after which a body that is waited for hears that the server stops
+HELD_BODIES = 10  # of the largest size that all requests together may hold
+BODY = "elastic3d.body"  # of a request's scope
 
 
 class Guard:
-    """ASGI middleware: 401 without the token, 413 for a larger body than allowed, 408 for one that stops
-    arriving, 503 for one that arrives still when the queue is closed, and a count of all answers.
+    """ASGI middleware: 401 without the token, and a count of all answers.
+
+    Of bodies: 413 for a larger one than allowed, 408 for one that stops arriving, 503 for one that arrives beside too
+    many others, or still when the queue is closed.
 
     No browser may take an answer for another kind of content than it says.
     """
 
     def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics, queue: MeshQueue) -> None:
         self._app, self._config, self._metrics, self._queue = app, config, metrics, queue
-        self._limit = int(config.max_megabytes * 1e6)
+        self.limit = int(config.max_megabytes * 1e6)  # bytes of a body
+        self.held = 0  # bytes of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -40,6 +45,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         started, status = time.perf_counter(), 500
+        body = scope[BODY] = Body(self, receive)
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -55,13 +61,14 @@ class Guard:
             if refusal := self._refusal(scope["path"], headers):
                 await _answer(watched, *refusal)
                 return
-            await self._app(scope, self._limited(receive), watched)
+            await self._app(scope, body.receive, watched)
         except (
             asyncio.CancelledError
         ):  # by uvicorn, of who has not taken the answer when the time to stop is over
             if not self._queue.closed:
                 raise
         finally:
+            body.drop()
             self._metrics.answered(scope["path"], status, time.perf_counter() - started)
 
     def _refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
@@ -73,36 +80,56 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdigit():
             return 400, f"content-length is {length[:20]!r}, expected a number"
-        if int(length[:20]) > self._limit:
-            return 413, self._too_large()
-        return None
+        return (413, self.too_large) if int(length[:20]) > self.limit else None
 
-    def _too_large(self) -> str:
+    @property
+    def too_large(self) -> str:
+        """What is said of a body above the limit."""
         return f"the request is larger than {self._config.max_megabytes:g} MB"
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive` that stops a body without a stated length at the limit, and one that does not arrive."""
-        taken, whole = 0, False
+    @property
+    def stops(self) -> bool:
+        """Whether no body is waited for any more."""
+        return self._queue.closed
 
-        async def limited() -> Message:
-            nonlocal taken, whole
-            message = await (receive() if whole else self._part(receive))
-            taken, whole = taken + len(message.get("body", b"")), not message.get("more_body", False)
-            if taken > self._limit:
-                raise HTTPException(413, self._too_large())
-            return message
 
-        return limited
+class Body:
+    """The body of a request, whose bytes the guard counts until they are dropped."""
 
-    async def _part(self, receive: Receive) -> Message:
-        """The next part of a body. HTTPException where none comes in time, or the server stops before."""
+    def __init__(self, guard: Guard, receive: Receive) -> None:
+        self._guard, self._receive = guard, receive
+        self._taken, self._whole = 0, False
+
+    async def receive(self) -> Message:
+        """What the server sends next. HTTPException for a body that is refused: see `Guard`."""
+        message = await (self._receive() if self._whole else self._part())
+        size, self._whole = len(message.get("body", b"")), not message.get("more_body", False)
+        self._taken += size
+        self._guard.held += size
+        if self._taken > self._guard.limit:
+            raise HTTPException(413, self._guard.too_large)
+        if self._guard.held > (most := HELD_BODIES * self._guard.limit):
+            raise HTTPException(
+                503,
+                f"more than {most / 1e6:g} MB arrive at once, expected to ask again",
+                {"Retry-After": "5"},
+            )
+        return message
+
+    async def _part(self) -> Message:
+        """The next part of it, while the server works."""
         deadline = time.monotonic() + BODY_S
         while time.monotonic() < deadline:
-            if self._queue.closed:
+            if self._guard.stops:
                 raise HTTPException(503, "the server stops")
             with suppress(asyncio.TimeoutError):
-                return await asyncio.wait_for(receive(), min(ASK_S, BODY_S))
+                return await asyncio.wait_for(self._receive(), min(ASK_S, BODY_S))
         raise HTTPException(408, f"the request's body stopped for {BODY_S:g} s")
+
+    def drop(self) -> None:
+        """Count it no more: it is whole, and its bytes are not needed."""
+        self._guard.held -= self._taken
+        self._taken = 0
 
 
 def _fits(given: bytes, token: str) -> bool:

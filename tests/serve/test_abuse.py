@@ -216,6 +216,24 @@ def test_a_body_that_stops_arriving_is_not_waited_for(
         assert waiting.result(60).status_code == 200
 
 
+def test_bodies_that_arrive_at_once_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of jobs that wait: they are dropped."""
+    monkeypatch.setattr(guard, "HELD_BODIES", 1)
+    with running(max_megabytes=0.1) as server:
+        large, body = png() + bytes(50_000), as_json(png() + bytes(50_000))
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(head("/v1/meshes", len(body)) + body[:-1])  # of which the rest is to come
+            _until(lambda: server.post(large).status_code == 503)
+            refused = server.post(large)
+            assert refused.json() == {"error": "more than 0.1 MB arrive at once, expected to ask again"}
+            assert refused.headers["retry-after"] == "5" and server.post().status_code == 200
+            with server.queue.models.use(""):  # nothing is generated meanwhile
+                client.sendall(body[-1:])
+                _until(lambda: server.queue._jobs)
+                assert server.post(large, wait="false").status_code == 202
+        assert server.post(large).status_code == 200
+
+
 @pytest.mark.parametrize("kind", ["form", "json", "generate"])
 def test_an_upload_is_dropped_once_its_image_is_read(server: Running, kind: str) -> None:
     """While its job waits, neither its bytes are held nor what the file says beside the pixels."""
