@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from elastic3d import __version__
 from elastic3d.errors import UserError
 from elastic3d.serve.config import ServeConfig
-from elastic3d.serve.guard import BODY, Guard
+from elastic3d.serve.guard import BODY, Guard, error_response
 from elastic3d.serve.metrics import Metrics
 from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueClosed, QueueFull, sentence
 from elastic3d.serve.uploads import decode_image
@@ -38,7 +38,7 @@ MEDIA_TYPES = {
 JSON, FORM = "application/json", "multipart/form-data"
 POLL_S = 0.01
 ASK_CLIENT_S = 0.25
-Body = TypeVar("Body", bound=BaseModel)
+Asked = TypeVar("Asked", bound=BaseModel)
 
 
 class MeshBody(MeshRequest):
@@ -69,7 +69,7 @@ class HunyuanBody(BaseModel):
     def request(self) -> MeshRequest:
         """The same in this project's names."""
         if self.texture:
-            raise ApiError(400, "texture is true, but this server makes shapes without texture")
+            raise HTTPException(400, "texture is true, but this server makes shapes without texture")
         return MeshRequest(
             seed=self.seed,
             steps=self.num_inference_steps,
@@ -78,14 +78,6 @@ class HunyuanBody(BaseModel):
             max_faces=self.face_count,
             format=self.type,
         )
-
-
-class ApiError(Exception):
-    """An answer with a status and one sentence."""
-
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.headers = status, message, headers
 
 
 def create_app(queue: MeshQueue, config: ServeConfig, metrics: Metrics) -> FastAPI:
@@ -107,16 +99,7 @@ def create_app(queue: MeshQueue, config: ServeConfig, metrics: Metrics) -> FastA
     return app
 
 
-def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """`{"error": message}`."""
-    return JSONResponse({"error": message}, status, headers=headers)
-
-
 def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def of_ours(_: Request, error: ApiError) -> JSONResponse:
-        return error_response(error.status, error.message, error.headers)
-
     @app.exception_handler(UserError)
     async def of_the_user(_: Request, error: UserError) -> JSONResponse:
         return error_response(400, str(error))
@@ -130,7 +113,7 @@ def _add_errors(app: FastAPI) -> None:
         return error_response(499, "the client went away")
 
     @app.exception_handler(HTTPException)
-    async def of_the_framework(_: Request, error: HTTPException) -> JSONResponse:
+    async def of_http(_: Request, error: HTTPException) -> JSONResponse:
         return error_response(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(Exception)
@@ -145,10 +128,12 @@ def _from_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ApiError(400, "image is not base64, expected the bytes of an image file in base64") from error
+        raise HTTPException(
+            400, "image is not base64, expected the bytes of an image file in base64"
+        ) from error
 
 
-async def _read_json(request: Request, kind: type[Body]) -> Body:
+async def _read_json(request: Request, kind: type[Asked]) -> Asked:
     """A JSON body. Not by `request.body` or an argument of the endpoint: these keep its bytes until the answer."""
     _check_kind(request, JSON)
     return kind.model_validate_json(b"".join([part async for part in request.stream()]))
@@ -162,7 +147,7 @@ async def _read_mesh_body(request: Request) -> tuple[bytes, MeshRequest, bool]:
     async with request.form(max_files=1, max_fields=32) as form:
         upload = form.get("image")
         if not isinstance(upload, UploadFile):
-            raise ApiError(400, "image is missing, expected a file in the form's field image")
+            raise HTTPException(400, "image is missing, expected a file in the form's field image")
         body = MeshBody.model_validate({**form, "image": ""})
         return await upload.read(), body.request(), body.wait
 
@@ -171,7 +156,7 @@ def _check_kind(request: Request, *expected: str) -> str:
     """The content type of a body. 415 for another one than is expected."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in expected:
-        raise ApiError(415, f"content-type is {kind or 'missing':.80}, expected {' or '.join(expected)}")
+        raise HTTPException(415, f"content-type is {kind or 'missing':.80}, expected {' or '.join(expected)}")
     return kind
 
 
@@ -181,9 +166,9 @@ async def _submit(queue: MeshQueue, config: ServeConfig, data: bytes, wanted: Me
         image = await run_in_threadpool(decode_image, data, config.max_pixels)
         return queue.submit(image, wanted)
     except QueueClosed as error:
-        raise ApiError(503, str(error)) from error
+        raise HTTPException(503, str(error)) from error
     except QueueFull as error:
-        raise ApiError(429, str(error), {"Retry-After": "5"}) from error
+        raise HTTPException(429, str(error), {"Retry-After": "5"}) from error
 
 
 async def _wait_for(job: Job, queue: MeshQueue, request: Request, timeout_s: float) -> Response:
@@ -195,13 +180,13 @@ async def _wait_for(job: Job, queue: MeshQueue, request: Request, timeout_s: flo
             await asyncio.sleep(POLL_S)
             now = time.monotonic()
             if now > deadline:
-                raise ApiError(
+                raise HTTPException(
                     504, f"the mesh was not ready after {timeout_s:g} s, expected to ask with wait=false"
                 )
             if now - asked > ASK_CLIENT_S:
                 asked = now
                 if await request.is_disconnected():
-                    raise ApiError(499, "the client went away")
+                    raise HTTPException(499, "the client went away")
         return _mesh_response(job, _file_of(job).read_bytes())
     finally:
         queue.cancel(job)  # nothing of it is kept once it is answered
@@ -209,17 +194,17 @@ async def _wait_for(job: Job, queue: MeshQueue, request: Request, timeout_s: flo
 
 def _file_of(job: Job) -> Path:
     if job.state is JobState.failed:
-        raise ApiError(500 if job.internal else 400, job.error)
+        raise HTTPException(500 if job.internal else 400, job.error)
     if job.state is JobState.cancelled:
-        raise ApiError(503, "the job was cancelled: the server stops")
+        raise HTTPException(503, "the job was cancelled: the server stops")
     if job.file is None:
-        raise ApiError(409, f"job {job.id} is {job.state.value}, expected done")
+        raise HTTPException(409, f"job {job.id} is {job.state.value}, expected done")
     return job.file
 
 
 def _mesh_response(job: Job, content: bytes) -> Response:
     headers = {"Content-Disposition": f'attachment; filename="mesh.{job.request.format}"'}
-    return Response(content, media_type=MEDIA_TYPES[job.request.format], headers=headers)
+    return Response(content, headers=headers, media_type=MEDIA_TYPES[job.request.format])
 
 
 # -------------------------------------------------------------------------------------------------- endpoints
@@ -245,8 +230,7 @@ def _add_meshes(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
     async def make_mesh(request: Request) -> Response:
         job, wait = await submit(request)
         if not wait:
-            headers = {"Location": f"/v1/jobs/{job.id}"}
-            return JSONResponse(job.describe(), 202, headers=headers)
+            return JSONResponse(job.describe(), 202, {"Location": f"/v1/jobs/{job.id}"})
         return await _wait_for(job, queue, request, config.timeout_s)
 
 
@@ -259,7 +243,7 @@ def _described(schemas: dict[str, Any]) -> dict[str, Any]:
 def _check_jobs(config: ServeConfig) -> None:
     """501 where another replica than the job's may be asked for it."""
     if config.replicas > 1:
-        raise ApiError(
+        raise HTTPException(
             501,
             f"there are no jobs with {config.replicas} replicas, expected to wait for the answer (wait=true)",
         )
@@ -270,7 +254,7 @@ def _add_jobs(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
         _check_jobs(config)
         job = queue.find(id)
         if job is None:
-            raise ApiError(404, "there is no such job: it never was, was deleted, or is too old")
+            raise HTTPException(404, "there is no such job: it never was, was deleted, or is too old")
         return job
 
     @app.get("/v1/jobs/{id}", summary="How far a job is")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from fastapi import HTTPException
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from elastic3d.serve.config import ServeConfig
@@ -35,9 +38,9 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics, queue: MeshQueue) -> None:
-        self._app, self._config, self._metrics, self._queue = app, config, metrics, queue
-        self.limit = int(config.max_megabytes * 1e6)  # bytes of a body
-        self.held = 0  # bytes of all bodies
+        self._app, self._token, self._metrics, self.queue = app, config.token, metrics, queue
+        self.limit, self.held = int(config.max_megabytes * 1e6), 0  # bytes of a body, and of all of them
+        self.too_large = f"the request is larger than {config.max_megabytes:g} MB"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -54,43 +57,26 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
             await send(message)
 
-        headers = {
-            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
-        }
         try:
-            if refusal := self._refusal(scope["path"], headers):
-                await _answer(watched, *refusal)
-                return
-            await self._app(scope, body.receive, watched)
-        except (
-            asyncio.CancelledError
-        ):  # by uvicorn, of who has not taken the answer when the time to stop is over
-            if not self._queue.closed:
+            app = self._refusal(scope["path"], Headers(scope=scope)) or self._app
+            await app(scope, body.receive, watched)
+        except asyncio.CancelledError:
+            if not self.queue.closed:  # else by uvicorn: the answer is not taken within the time to stop
                 raise
         finally:
             body.drop()
             self._metrics.answered(scope["path"], status, time.perf_counter() - started)
 
-    def _refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
-        token = self._config.token
-        if token and path not in OPEN_PATHS:
+    def _refusal(self, path: str, headers: Headers) -> JSONResponse | None:
+        if self._token and path not in OPEN_PATHS:
             kind, _, given = headers.get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not _fits(given.encode("latin-1").strip(), token):
-                return 401, "the token is missing or wrong, expected the header `Authorization: Bearer TOKEN`"
+            if kind.lower() != "bearer" or not _fits(given.encode("latin-1").strip(), self._token):
+                wrong = "the token is missing or wrong, expected the header `Authorization: Bearer TOKEN`"
+                return error_response(401, wrong, {"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "0")
         if not length.isdigit():
-            return 400, f"content-length is {length[:20]!r}, expected a number"
-        return (413, self.too_large) if int(length[:20]) > self.limit else None
-
-    @property
-    def too_large(self) -> str:
-        """What is said of a body above the limit."""
-        return f"the request is larger than {self._config.max_megabytes:g} MB"
-
-    @property
-    def stops(self) -> bool:
-        """Whether no body is waited for any more."""
-        return self._queue.closed
+            return error_response(400, f"content-length is {length[:20]!r}, expected a number")
+        return error_response(413, self.too_large) if int(length[:20]) > self.limit else None
 
 
 class Body:
@@ -120,7 +106,7 @@ class Body:
         """The next part of it, while the server works."""
         deadline = time.monotonic() + BODY_S
         while time.monotonic() < deadline:
-            if self._guard.stops:
+            if self._guard.queue.closed:
                 raise HTTPException(503, "the server stops")
             with suppress(asyncio.TimeoutError):
                 return await asyncio.wait_for(self._receive(), min(ASK_S, BODY_S))
@@ -138,10 +124,6 @@ def _fits(given: bytes, token: str) -> bool:
     return any(hmac.compare_digest(each, wanted) for each in (given, given.decode("latin-1").encode()))
 
 
-async def _answer(send: Send, status: int, message: str) -> None:
-    body = json.dumps({"error": message}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """`{"error": message}`."""
+    return JSONResponse({"error": message}, status, headers)

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,16 +158,9 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """As JSON shows it."""
-        shown: dict[str, Any] = {
-            "id": self.id,
-            "state": self.state.value,
-            "progress": round(self.progress, 3),
-        }
-        if self.error:
-            shown["error"] = self.error
-        if self.metadata:
-            shown["metadata"] = self.metadata
-        return shown
+        shown = {"id": self.id, "state": self.state.value, "progress": round(self.progress, 3)}
+        ended = {"error": self.error, "metadata": self.metadata}
+        return shown | {name: value for name, value in ended.items() if value}
 
 
 @dataclass
@@ -303,12 +297,14 @@ class MeshQueue:
         while batch := self._next_batch():
             started = time.perf_counter()
             try:
-                self._generate(batch)
-            except Exception as error:  # one batch must not take the others with it
-                _log.exception("a batch failed")
+                with self.models.use(batch[0].request.model) as pipeline:
+                    in_halves(batch, partial(self._attempt, pipeline), self._broke)
+            except (
+                Exception
+            ) as error:  # the model can't be loaded: one batch must not take the others with it
                 for job in batch:
                     if job.state not in FINAL:
-                        self._fail(job, f"the server failed: {type(error).__name__}", internal=True)
+                        self._broke(job, error)
             finally:
                 with self._changed:
                     self._running = []
@@ -332,14 +328,6 @@ class MeshQueue:
                     job.state = JobState.running
                 self._running = batch
         return batch
-
-    def _generate(self, batch: list[Job]) -> None:
-        try:
-            with self.models.use(batch[0].request.model) as pipeline:
-                in_halves(batch, lambda part: self._attempt(pipeline, part), self._broke)
-        except UserError as error:  # the model can't be loaded
-            for job in batch:
-                self._fail(job, str(error))
 
     def _attempt(self, pipeline: ImageTo3DPipeline, batch: Sequence[Job]) -> None:
         """The meshes of jobs, or their errors."""
@@ -374,11 +362,7 @@ class MeshQueue:
             return
         wanted = job.request
         path = self._folder / f"{job.id}.{wanted.format}"
-        try:
-            mesh, _ = finish(result, wanted.asset, path.suffix, image, wanted.foreground)
-        except UserError as error:
-            self._fail(job, str(error))
-            return
+        mesh, _ = finish(result, wanted.asset, path.suffix, image, wanted.foreground)
         try:
             save_mesh(mesh, path, extras=result.metadata, name="mesh")
         except UserError as error:
