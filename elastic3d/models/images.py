@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -79,21 +79,21 @@ def load_image(source: SingleImage) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with _open(path) as image:
+            with path.open("rb") as file, open_image(file, name) as image:
                 return _as_rgba(image, name)
     except UserError:
         raise
     except Exception as error:  # decoders of broken files raise anything
-        raise UserError(f"{name} {_why_unreadable(error)}") from error
+        raise UserError(f"{name} {why_unreadable(error)}") from error
 
 
-def _why_unreadable(error: Exception) -> str:
-    """What is wrong with a file from which Pillow makes no image."""
+def why_unreadable(error: Exception) -> str:
+    """What is wrong with a file from which Pillow makes no image, after its name."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"would unpack to more than {Image.MAX_IMAGE_PIXELS} pixels, expected a smaller image"
     if isinstance(error, UnidentifiedImageError):
-        return "is no image, expected PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF"
-    return f"is broken: {' '.join(str(error).split())}"
+        return "is no image, expected PNG, JPEG, JPEG 2000, WebP, BMP, GIF, TIFF, PPM, AVIF or HEIC"
+    return f"is broken: {' '.join(str(error).split())[:200]}"
 
 
 def save_image(image: Image.Image, path: str | Path, metadata: dict[str, Any]) -> None:
@@ -139,25 +139,29 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """What `save_image` noted; empty for any other image. UserError if the file is no image."""
     path = Path(path)
     load_image(path)
-    with _open(path) as image:
+    with path.open("rb") as file, open_image(file, printable(path)) as image:
         image.load()  # the entries may stand behind the pixels
         return dict(
             parse_json(str(image.info.get(_METADATA, "{}")), dict, f"{printable(path)}: its entry elastic3d")
         )
 
 
-def _open(path: Path) -> Image.Image:
-    """`Image.open`; UserError naming the package that is needed for a format that can't be read without."""
-    with path.open("rb") as file:
-        head = file.read(12)
+def open_image(file: BinaryIO, name: str) -> Image.Image:
+    """`Image.open` with the formats that are taken from anybody, by the head of the file alone.
+
+    Raises:
+        UserError: the format needs a package that is missing. Else what Pillow raises: see `why_unreadable`.
+    """
+    head = file.read(12)
     if head[4:8] == b"ftyp":
-        _prepare_for(head[8:12], printable(path))
+        _prepare_for(head[8:12], name)
+    file.seek(0)
     Image.init()
-    return Image.open(path, formats=[name for name in _FORMATS if name in Image.ID])
+    return Image.open(file, formats=[known for known in _FORMATS if known in Image.ID])
 
 
 def _prepare_for(brand: bytes, name: str) -> None:
-    """Let Pillow read HEIC, by the brand in the head of a file. UserError as `_open`."""
+    """Let Pillow read HEIC, by the brand in the head of a file. UserError as `open_image`."""
     if brand in _HEIF_BRANDS:
         try:
             import pillow_heif

@@ -5,27 +5,26 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from elastic3d import __version__
 from elastic3d.errors import UserError
 from elastic3d.serve.config import ServeConfig
-from elastic3d.serve.guard import Guard
+from elastic3d.serve.guard import BODY, Guard, error_response
 from elastic3d.serve.metrics import Metrics
 from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueClosed, QueueFull, sentence
 from elastic3d.serve.uploads import decode_image
@@ -36,8 +35,10 @@ MEDIA_TYPES = {
     "obj": "model/obj",
     "stl": "model/stl",
 }
+JSON, FORM = "application/json", "multipart/form-data"
 POLL_S = 0.01
 ASK_CLIENT_S = 0.25
+Asked = TypeVar("Asked", bound=BaseModel)
 
 
 class MeshBody(MeshRequest):
@@ -68,7 +69,7 @@ class HunyuanBody(BaseModel):
     def request(self) -> MeshRequest:
         """The same in this project's names."""
         if self.texture:
-            raise ApiError(400, "texture is true, but this server makes shapes without texture")
+            raise HTTPException(400, "texture is true, but this server makes shapes without texture")
         return MeshRequest(
             seed=self.seed,
             steps=self.num_inference_steps,
@@ -77,14 +78,6 @@ class HunyuanBody(BaseModel):
             max_faces=self.face_count,
             format=self.type,
         )
-
-
-class ApiError(Exception):
-    """An answer with a status and one sentence."""
-
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.headers = status, message, headers
 
 
 def create_app(queue: MeshQueue, config: ServeConfig, metrics: Metrics) -> FastAPI:
@@ -96,7 +89,7 @@ def create_app(queue: MeshQueue, config: ServeConfig, metrics: Metrics) -> FastA
         await run_in_threadpool(queue.close, config.stop_s)
 
     app = FastAPI(title="elastic3d", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, config=config, metrics=metrics)
+    app.add_middleware(Guard, config=config, metrics=metrics, queue=queue)
     _add_errors(app)
     _add_meshes(app, queue, config)
     _add_jobs(app, queue, config)
@@ -106,27 +99,22 @@ def create_app(queue: MeshQueue, config: ServeConfig, metrics: Metrics) -> FastA
     return app
 
 
-def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """`{"error": message}`."""
-    return JSONResponse({"error": message}, status, headers=headers)
-
-
 def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def of_ours(_: Request, error: ApiError) -> JSONResponse:
-        return error_response(error.status, error.message, error.headers)
-
     @app.exception_handler(UserError)
     async def of_the_user(_: Request, error: UserError) -> JSONResponse:
         return error_response(400, str(error))
 
-    @app.exception_handler(RequestValidationError)
-    async def of_a_value(_: Request, error: RequestValidationError) -> JSONResponse:
+    @app.exception_handler(ValidationError)
+    async def of_a_value(_: Request, error: ValidationError) -> JSONResponse:
         return error_response(400, sentence(error.errors()))
 
+    @app.exception_handler(ClientDisconnect)
+    async def of_nobody(_: Request, error: ClientDisconnect) -> JSONResponse:
+        return error_response(499, "the client went away")
+
     @app.exception_handler(HTTPException)
-    async def of_the_framework(_: Request, error: HTTPException) -> JSONResponse:
-        return error_response(error.status_code, str(error.detail))
+    async def of_http(_: Request, error: HTTPException) -> JSONResponse:
+        return error_response(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(Exception)
     async def of_the_program(_: Request, error: Exception) -> JSONResponse:
@@ -140,31 +128,36 @@ def _from_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ApiError(400, "image is not base64, expected the bytes of an image file in base64") from error
+        raise HTTPException(
+            400, "image is not base64, expected the bytes of an image file in base64"
+        ) from error
+
+
+async def _read_json(request: Request, kind: type[Asked]) -> Asked:
+    """A JSON body. Not by `request.body` or an argument of the endpoint: these keep its bytes until the answer."""
+    _check_kind(request, JSON)
+    return kind.model_validate_json(b"".join([part async for part in request.stream()]))
 
 
 async def _read_mesh_body(request: Request) -> tuple[bytes, MeshRequest, bool]:
     """Image bytes, options and whether to wait, from JSON or a multipart form."""
+    if _check_kind(request, FORM, JSON) == JSON:
+        body = await _read_json(request, MeshBody)
+        return _from_base64(body.image), body.request(), body.wait
+    async with request.form(max_files=1, max_fields=32) as form:
+        upload = form.get("image")
+        if not isinstance(upload, UploadFile):
+            raise HTTPException(400, "image is missing, expected a file in the form's field image")
+        body = MeshBody.model_validate({**form, "image": ""})
+        return await upload.read(), body.request(), body.wait
+
+
+def _check_kind(request: Request, *expected: str) -> str:
+    """The content type of a body. 415 for another one than is expected."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    try:
-        if kind == "application/json":
-            body = MeshBody.model_validate(json.loads(await request.body()))
-            return _from_base64(body.image), body.request(), body.wait
-        if kind != "multipart/form-data":
-            raise ApiError(
-                415,
-                f"content-type is {kind or 'missing':.80}, expected multipart/form-data or application/json",
-            )
-        async with request.form(max_files=1, max_fields=32) as form:
-            upload = form.get("image")
-            if not isinstance(upload, UploadFile):
-                raise ApiError(400, "image is missing, expected a file in the form's field image")
-            body = MeshBody.model_validate({**form, "image": ""})
-            return await upload.read(), body.request(), body.wait
-    except ValidationError as error:
-        raise ApiError(400, sentence(error.errors())) from error
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the request is no valid JSON: {str(error)[:120]}") from error
+    if kind not in expected:
+        raise HTTPException(415, f"content-type is {kind or 'missing':.80}, expected {' or '.join(expected)}")
+    return kind
 
 
 async def _submit(queue: MeshQueue, config: ServeConfig, data: bytes, wanted: MeshRequest) -> Job:
@@ -173,82 +166,84 @@ async def _submit(queue: MeshQueue, config: ServeConfig, data: bytes, wanted: Me
         image = await run_in_threadpool(decode_image, data, config.max_pixels)
         return queue.submit(image, wanted)
     except QueueClosed as error:
-        raise ApiError(503, str(error)) from error
+        raise HTTPException(503, str(error)) from error
     except QueueFull as error:
-        raise ApiError(429, str(error), {"Retry-After": "5"}) from error
+        raise HTTPException(429, str(error), {"Retry-After": "5"}) from error
 
 
-async def _wait_for(job: Job, queue: MeshQueue, request: Request, timeout_s: float) -> bytes:
-    """The finished mesh file; the job is given up with the client or the time."""
+async def _wait_for(job: Job, queue: MeshQueue, request: Request, timeout_s: float) -> Response:
+    """The finished mesh; the job is given up with the client or the time."""
+    request.scope[BODY].drop()
     deadline, asked = time.monotonic() + timeout_s, time.monotonic()
     try:
         while not job.finished.is_set():
             await asyncio.sleep(POLL_S)
             now = time.monotonic()
             if now > deadline:
-                raise ApiError(
+                raise HTTPException(
                     504, f"the mesh was not ready after {timeout_s:g} s, expected to ask with wait=false"
                 )
             if now - asked > ASK_CLIENT_S:
                 asked = now
                 if await request.is_disconnected():
-                    raise ApiError(499, "the client went away")
-        return _file_of(job).read_bytes()
+                    raise HTTPException(499, "the client went away")
+        return _mesh_response(job, _file_of(job).read_bytes())
     finally:
         queue.cancel(job)  # nothing of it is kept once it is answered
 
 
 def _file_of(job: Job) -> Path:
     if job.state is JobState.failed:
-        raise ApiError(500 if job.internal else 400, job.error)
+        raise HTTPException(500 if job.internal else 400, job.error)
     if job.state is JobState.cancelled:
-        raise ApiError(503, "the job was cancelled: the server stops")
+        raise HTTPException(503, "the job was cancelled: the server stops")
     if job.file is None:
-        raise ApiError(409, f"job {job.id} is {job.state.value}, expected done")
+        raise HTTPException(409, f"job {job.id} is {job.state.value}, expected done")
     return job.file
 
 
-def _mesh_response(content: bytes, format: str) -> Response:
-    headers = {"Content-Disposition": f'attachment; filename="mesh.{format}"'}
-    return Response(content, media_type=MEDIA_TYPES[format], headers=headers)
+def _mesh_response(job: Job, content: bytes) -> Response:
+    headers = {"Content-Disposition": f'attachment; filename="mesh.{job.request.format}"'}
+    return Response(content, headers=headers, media_type=MEDIA_TYPES[job.request.format])
 
 
 # -------------------------------------------------------------------------------------------------- endpoints
 
 
 def _add_meshes(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
-    json_form = MeshBody.model_json_schema()
-    multipart = json_form | {
-        "properties": json_form["properties"] | {"image": {"type": "string", "format": "binary"}}
-    }
-    body = {
-        "required": True,
-        "content": {"multipart/form-data": {"schema": multipart}, "application/json": {"schema": json_form}},
-    }
+    schema = MeshBody.model_json_schema()
+    form = schema | {"properties": schema["properties"] | {"image": {"type": "string", "format": "binary"}}}
+
+    async def submit(request: Request) -> tuple[Job, bool]:
+        data, wanted, wait = await _read_mesh_body(request)
+        if not wait:
+            _check_jobs(config)
+        return await _submit(queue, config, data, wanted), wait
 
     @app.post(
         "/v1/meshes",
         summary="Make a mesh of an image",
-        openapi_extra={"requestBody": body},
+        openapi_extra=_described({FORM: form, JSON: schema}),
         responses={200: {"content": {"model/gltf-binary": {}}}, 202: {"description": "a job"}},
         response_model=None,
     )
     async def make_mesh(request: Request) -> Response:
-        data, fields, wait = await _read_mesh_body(request)
+        job, wait = await submit(request)
         if not wait:
-            _check_jobs(config)
-        job = await _submit(queue, config, data, fields)
-        if not wait:
-            headers = {"Location": f"/v1/jobs/{job.id}"}
-            return JSONResponse(job.describe(), 202, headers=headers)
-        content = await _wait_for(job, queue, request, config.timeout_s)
-        return _mesh_response(content, fields.format)
+            return JSONResponse(job.describe(), 202, {"Location": f"/v1/jobs/{job.id}"})
+        return await _wait_for(job, queue, request, config.timeout_s)
+
+
+def _described(schemas: dict[str, Any]) -> dict[str, Any]:
+    """What OpenAPI says of a body that the endpoint reads by itself: its JSON schema by content type."""
+    content = {kind: {"schema": schema} for kind, schema in schemas.items()}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _check_jobs(config: ServeConfig) -> None:
     """501 where another replica than the job's may be asked for it."""
     if config.replicas > 1:
-        raise ApiError(
+        raise HTTPException(
             501,
             f"there are no jobs with {config.replicas} replicas, expected to wait for the answer (wait=true)",
         )
@@ -259,7 +254,7 @@ def _add_jobs(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
         _check_jobs(config)
         job = queue.find(id)
         if job is None:
-            raise ApiError(404, "there is no such job: it never was, was deleted, or is too old")
+            raise HTTPException(404, "there is no such job: it never was, was deleted, or is too old")
         return job
 
     @app.get("/v1/jobs/{id}", summary="How far a job is")
@@ -269,8 +264,7 @@ def _add_jobs(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
     @app.get("/v1/jobs/{id}/mesh", summary="The mesh of a finished job", response_model=None)
     async def job_mesh(id: str) -> Response:
         job = known(id)
-        content = await run_in_threadpool(_file_of(job).read_bytes)
-        return _mesh_response(content, job.request.format)
+        return _mesh_response(job, await run_in_threadpool(_file_of(job).read_bytes))
 
     @app.delete("/v1/jobs/{id}", summary="Cancel a job, or delete its mesh", status_code=204)
     async def delete_job(id: str) -> None:
@@ -278,18 +272,22 @@ def _add_jobs(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
 
 
 def _add_hunyuan(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
-    async def submit(body: HunyuanBody) -> Job:
+    described = _described({JSON: HunyuanBody.model_json_schema()})
+
+    async def submit(request: Request) -> Job:
+        body = await _read_json(request, HunyuanBody)
         return await _submit(queue, config, _from_base64(body.image), body.request())
 
-    @app.post("/generate", summary="As Hunyuan3D-2's server: the mesh", response_model=None)
-    async def generate(body: HunyuanBody, request: Request) -> Response:
-        job = await submit(body)
-        return _mesh_response(await _wait_for(job, queue, request, config.timeout_s), body.type)
+    @app.post(
+        "/generate", summary="As Hunyuan3D-2's server: the mesh", openapi_extra=described, response_model=None
+    )
+    async def generate(request: Request) -> Response:
+        return await _wait_for(await submit(request), queue, request, config.timeout_s)
 
-    @app.post("/send", summary="As Hunyuan3D-2's server: a job")
-    async def send(body: HunyuanBody) -> dict[str, str]:
+    @app.post("/send", summary="As Hunyuan3D-2's server: a job", openapi_extra=described)
+    async def send(request: Request) -> dict[str, str]:
         _check_jobs(config)
-        return {"uid": (await submit(body)).id}
+        return {"uid": (await submit(request)).id}
 
     @app.get("/status/{uid}", summary="As Hunyuan3D-2's server: how far a job is")
     async def status(uid: str) -> dict[str, str]:

@@ -186,17 +186,17 @@ def _settings(info: ModelInfo) -> dict[str, dict[str, Any]]:
 
 def _asked(queue: MeshQueue, nouns: Sequence[str] | None) -> SimpleNamespace:
     """The left column: what a visitor gives and chooses, by name."""
-    names, settings = queue.models.names, _settings(queue.models.info())
+    names, settings, asked = queue.models.names, _settings(queue.models.info()), SimpleNamespace()
     with gr.Row():
-        image = gr.Image(
+        asked.image = gr.Image(
             label="Image", type="pil", image_mode="RGBA", sources=["upload", "clipboard"], height=260, min_width=140,
             elem_id="image", buttons=[], format="png",  # a mesh is made from what is sent back: no loss
         )  # fmt: skip
-        mask = gr.Image(
+        asked.mask = gr.Image(
             label="What the model sees", interactive=False, height=260, min_width=140, elem_id="mask", buttons=[],
             format="png",
         )  # fmt: skip
-    prompt = gr.Textbox(
+    asked.prompt = gr.Textbox(
         label="or a prompt", placeholder="a wooden bar chair", visible=nouns is not None, submit_btn="Draw",
         lines=1, max_lines=1,
     )  # fmt: skip
@@ -204,74 +204,63 @@ def _asked(queue: MeshQueue, nouns: Sequence[str] | None) -> SimpleNamespace:
         with gr.Accordion("What it can draw", open=False):
             gr.Markdown(", ".join(nouns))
     with gr.Accordion("Correct the mask", open=False):
-        tolerance = gr.Slider(
+        asked.tolerance = gr.Slider(
             0, 120, ForegroundConfig.tolerance, step=1, label="Background tolerance",
             info="more: what is nearly of the background's colour goes too",
         )  # fmt: skip
-        border = gr.Slider(
+        asked.border = gr.Slider(
             step=0.001, label="Free border", info="share of the square's side", **settings["border"]
         )
-    model = gr.Dropdown(list(names), value=names[0], label="Model", visible=len(names) > 1)
-    quality = gr.Radio(
+    asked.model = gr.Dropdown(list(names), value=names[0], label="Model", visible=len(names) > 1)
+    asked.quality = gr.Radio(
         label="Quality", info="speed-up of the DiT; IoU to the mesh of 100 dense steps", **settings["quality"]
     )
-    budget = gr.Slider(
+    asked.budget = gr.Slider(
         maximum=1, step=0.01, label="Budget", info="share of the dense model's FLOPs", **settings["budget"]
     )
     with gr.Row():
-        compare = gr.Checkbox(label="Dense beside it", **settings["compare"])
-        colours = gr.Checkbox(label="Image's colours")
+        asked.compare = gr.Checkbox(label="Dense beside it", **settings["compare"])
+        asked.colours = gr.Checkbox(label="Image's colours")
     with gr.Row():
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
-        samples = gr.Slider(1, 8, 1, step=1, label="Samples", min_width=140)
-        ensemble = gr.Slider(
+        asked.seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
+        asked.samples = gr.Slider(1, 8, 1, step=1, label="Samples", min_width=140)
+        asked.ensemble = gr.Slider(
             1, 8, 1, step=1, label="Ensemble", info="generations whose mean shape is the mesh", min_width=140
         )
     with gr.Accordion("More", open=False):
-        steps = gr.Slider(1, 100, step=1, label="Steps", **settings["steps"])
-        resolution = gr.Slider(
+        asked.steps = gr.Slider(1, 100, step=1, label="Steps", **settings["steps"])
+        asked.resolution = gr.Slider(
             maximum=512, step=8, label="Resolution (grid cells a side)", **settings["resolution"]
         )
-        faces = gr.Number(40_000, label="Most faces", precision=0, minimum=100)
+        asked.faces = gr.Number(40_000, label="Most faces", precision=0, minimum=100)
     with gr.Row():
-        run, stop = gr.Button("Make mesh", variant="primary"), gr.Button("Stop", min_width=80, scale=0)
-    said = gr.HTML(min_height=60, elem_id="said")
-    return SimpleNamespace(
-        image=image, prompt=prompt, mask=mask, tolerance=tolerance, border=border, model=model, quality=quality,
-        budget=budget, compare=compare, colours=colours, seed=seed, samples=samples, ensemble=ensemble, steps=steps,
-        resolution=resolution, faces=faces, run=run, stop=stop, said=said,
-    )  # fmt: skip
+        asked.run = gr.Button("Make mesh", variant="primary")
+        asked.stop = gr.Button("Stop", min_width=80, scale=0)
+    asked.said = gr.HTML(min_height=60, elem_id="said")
+    return asked
 
 
 def _answer() -> SimpleNamespace:
     """The right column: what was made, by name."""
-    viewer = gr.HTML(
+    answer = SimpleNamespace()
+    answer.viewer = gr.HTML(
         "<p style='text-align: center; padding: 90px 0'>The mesh will be here.</p>", elem_id="viewer"
     )
-    gallery = gr.Gallery(
+    answer.gallery = gr.Gallery(
         label="Samples: choose one", columns=4, height="auto", allow_preview=False, object_fit="contain",
         visible=False, elem_id="gallery", buttons=[],
     )  # fmt: skip
     with gr.Row(equal_height=True):
-        kind = gr.Radio(["glb", "stl", "obj", "ply"], value="glb", label="Format", min_width=220)
-        up = gr.Radio([("Y", "y"), ("Z", "z")], value="y", label="Up", min_width=110)
-        size = gr.Number(100, label="Longest side, mm", minimum=0.001, maximum=1e6, min_width=130)
-    button = gr.DownloadButton("Download", interactive=False, variant="primary")
-    table = gr.HTML(elem_id="table")
-    routes = gr.Image(
+        answer.kind = gr.Radio(["glb", "stl", "obj", "ply"], value="glb", label="Format", min_width=220)
+        answer.up = gr.Radio([("Y", "y"), ("Z", "z")], value="y", label="Up", min_width=110)
+        answer.size = gr.Number(100, label="Longest side, mm", minimum=0.001, maximum=1e6, min_width=130)
+    answer.download = gr.DownloadButton("Download", interactive=False, variant="primary")
+    answer.table = gr.HTML(elem_id="table")
+    answer.routes = gr.Image(
         label="Blocks (rows) over steps: blue executed, orange reused, grey skipped", visible=False,
         interactive=False, height=420, elem_id="routes", buttons=["fullscreen"],
     )  # fmt: skip
-    return SimpleNamespace(
-        viewer=viewer,
-        gallery=gallery,
-        kind=kind,
-        up=up,
-        size=size,
-        download=button,
-        table=table,
-        routes=routes,
-    )
+    return answer
 
 
 async def _download(url: str, cache_dir: str) -> str:

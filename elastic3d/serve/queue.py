@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,13 +127,13 @@ class MeshRequest(BaseModel):
 def sentence(errors: Sequence[Any]) -> str:
     """What pydantic says of the first value that is wrong."""
     first = errors[0]
-    name = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))[:80]
+    name = ".".join(str(part) for part in first["loc"])[:80]
     given = first.get("input")
     shown = f" is {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
     if first["type"] == "extra_forbidden":
         return f"there is no option {name}: GET /docs lists them"
     if first["type"] == "json_invalid":
-        return "the request is no valid JSON"
+        return f"the request is no valid JSON: {first['ctx']['error']:.120}"
     if first["type"].startswith("model_"):
         return f"{name or 'the request'} is no JSON object, expected one"
     return f"{name or 'the request'}{shown}: {first['msg'][0].lower()}{first['msg'][1:]}"
@@ -157,16 +158,9 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """As JSON shows it."""
-        shown: dict[str, Any] = {
-            "id": self.id,
-            "state": self.state.value,
-            "progress": round(self.progress, 3),
-        }
-        if self.error:
-            shown["error"] = self.error
-        if self.metadata:
-            shown["metadata"] = self.metadata
-        return shown
+        shown = {"id": self.id, "state": self.state.value, "progress": round(self.progress, 3)}
+        ended = {"error": self.error, "metadata": self.metadata}
+        return shown | {name: value for name, value in ended.items() if value}
 
 
 @dataclass
@@ -261,6 +255,11 @@ class MeshQueue:
                 job.file.unlink(missing_ok=True)
 
     @property
+    def closed(self) -> bool:
+        """Whether no job is taken any more."""
+        return self._closed
+
+    @property
     def waiting(self) -> int:
         """Jobs that have not begun."""
         return len(self._waiting)
@@ -298,12 +297,14 @@ class MeshQueue:
         while batch := self._next_batch():
             started = time.perf_counter()
             try:
-                self._generate(batch)
-            except Exception as error:  # one batch must not take the others with it
-                _log.exception("a batch failed")
+                with self.models.use(batch[0].request.model) as pipeline:
+                    in_halves(batch, partial(self._attempt, pipeline), self._broke)
+            except (
+                Exception
+            ) as error:  # the model can't be loaded: one batch must not take the others with it
                 for job in batch:
                     if job.state not in FINAL:
-                        self._fail(job, f"the server failed: {type(error).__name__}", internal=True)
+                        self._broke(job, error)
             finally:
                 with self._changed:
                     self._running = []
@@ -327,14 +328,6 @@ class MeshQueue:
                     job.state = JobState.running
                 self._running = batch
         return batch
-
-    def _generate(self, batch: list[Job]) -> None:
-        try:
-            with self.models.use(batch[0].request.model) as pipeline:
-                in_halves(batch, lambda part: self._attempt(pipeline, part), self._broke)
-        except UserError as error:  # the model can't be loaded
-            for job in batch:
-                self._fail(job, str(error))
 
     def _attempt(self, pipeline: ImageTo3DPipeline, batch: Sequence[Job]) -> None:
         """The meshes of jobs, or their errors."""
@@ -369,11 +362,7 @@ class MeshQueue:
             return
         wanted = job.request
         path = self._folder / f"{job.id}.{wanted.format}"
-        try:
-            mesh, _ = finish(result, wanted.asset, path.suffix, image, wanted.foreground)
-        except UserError as error:
-            self._fail(job, str(error))
-            return
+        mesh, _ = finish(result, wanted.asset, path.suffix, image, wanted.foreground)
         try:
             save_mesh(mesh, path, extras=result.metadata, name="mesh")
         except UserError as error:

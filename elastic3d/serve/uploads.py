@@ -6,12 +6,11 @@ import io
 import threading
 import warnings
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from elastic3d.errors import UserError
-from elastic3d.models.images import load_image, reduced
+from elastic3d.models.images import load_image, open_image, reduced, why_unreadable
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 _UNPACKING = threading.Semaphore(2)  # at a time: 50 kB may take 700 MB meanwhile
 
 
@@ -26,20 +25,18 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            Image.init()
-            known = [name for name in IMAGE_FORMATS if name in Image.ID]  # older Pillow has no AVIF
-            image = Image.open(io.BytesIO(data), formats=known)
+            image = open_image(io.BytesIO(data), "the upload")
         if image.width * image.height > max_pixels:
             raise UserError(
                 f"the image has {image.width} x {image.height} pixels, expected at most {max_pixels:,}"
             )
         with _UNPACKING:
-            return reduced(load_image(image))
+            kept = reduced(load_image(image))
+        kept.info.clear()  # comments and profiles may be as large as the file
+        return kept
     except UserError:
         raise
     except Image.DecompressionBombError as error:
         raise UserError(f"the image has far too many pixels, expected at most {max_pixels:,}") from error
-    except UnidentifiedImageError as error:
-        raise UserError("the upload is no image, expected PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF") from error
     except Exception as error:  # decoders of broken files raise anything
-        raise UserError(f"the image is broken: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"the upload {why_unreadable(error)}") from error

@@ -185,12 +185,7 @@ class Visits:
         self._stops: set[tuple[str, threading.Event]] = set()  # of what is being made, by session
         self._shown: dict[str, Shown] = {}
 
-    def generate(
-        self,
-        choices: Choices,
-        session: str,
-        progress: gr.Progress,
-    ) -> Shown:
+    def generate(self, choices: Choices, session: str, progress: gr.Progress) -> Shown:
         """Jobs for all samples, and their meshes when all are done. gr.Error where one fails, or all are stopped."""
         if choices.image is None:
             raise failed("There is no image yet: drop one, or draw a prompt.")
@@ -221,12 +216,11 @@ class Visits:
     def _kept(self, session: str, made: Shown, stopped: threading.Event) -> Shown:
         """What was made, in the place of what was before. gr.Error, and nothing stays, where nobody waits for it."""
         with self._lock:
-            gone = made if stopped.is_set() else self._shown.pop(session, Shown())
-            if gone is not made:
-                self._shown[session] = made
-        gone.forget()
-        if gone is made:
-            raise failed(STOPPED)
+            if stopped.is_set():
+                made.forget()
+                raise failed(STOPPED)
+            before, self._shown[session] = self._shown.get(session, Shown()), made
+        before.forget()
         return made
 
     def stop(self, session: str) -> None:

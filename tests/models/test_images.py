@@ -40,14 +40,16 @@ def test_every_mode_becomes_rgba(mode: str) -> None:
 
 @pytest.mark.parametrize(
     "suffix",
-    ["png", "jpg", "jfif", "jpe", "webp", "bmp", "gif", "tif", "ppm", "pgm", "jp2", "jpx", "avif"],
+    ["png", "jpg", "jfif", "jpe", "webp", "bmp", "dib", "gif", "tif", "ppm", "pgm", "jp2", "jpx", "avif"],
 )
 def test_every_format(tmp_path: Path, suffix: str) -> None:
+    """Of a file, and of an upload."""
     path = tmp_path / f"an image (1), x=y.{suffix}"
     if suffix == "avif" and not features.check("avif"):
         pytest.skip("this build of Pillow has no AVIF")
     _gradient().save(path, {"jfif": "JPEG", "jpe": "JPEG"}.get(suffix))
     assert suffix in {name[1:] for name in IMAGE_SUFFIXES} and load_image(path).size == (64, 64)
+    assert decode_image(path.read_bytes(), 64 * 64).tobytes() == load_image(path).tobytes()
 
 
 def test_sixteen_bits_and_floats_keep_their_range(tmp_path: Path) -> None:
@@ -165,6 +167,8 @@ def test_heic_names_the_package_it_needs(
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(UserError, match=r"a.jpg is a HEIC image.*pip install pillow-heif"):
         load_image(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match=r"the upload is a HEIC image.*pip install pillow-heif"):
+        decode_image((tmp_path / "a.jpg").read_bytes(), 64)
 
 
 def test_a_pipe_or_device_is_no_image(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import resource
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,7 @@ import pytest
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
+from PIL.PngImagePlugin import PngInfo  # noqa: E402
 from tiny_pipeline import image, tiny_pipeline  # noqa: E402
 
 from elastic3d.serve import guard  # noqa: E402
@@ -80,10 +83,21 @@ def server() -> Iterator[Running]:
         yield started
 
 
-def png() -> bytes:
-    buffer = io.BytesIO()
-    image().save(buffer, "PNG")
+def png(comment: str = "") -> bytes:
+    buffer, entries = io.BytesIO(), PngInfo()
+    entries.add_text("comment", comment)
+    image().save(buffer, "PNG", pnginfo=entries)
     return buffer.getvalue()
+
+
+def as_json(data: bytes) -> bytes:
+    return b'{"image": "' + base64.b64encode(data) + b'"}'
+
+
+def head(path: str, length: int, kind: str = "application/json") -> bytes:
+    """Of a request whose body is sent by itself."""
+    lines = (f"POST {path} HTTP/1.1", "Host: a", f"Content-Type: {kind}", f"Content-Length: {length}")
+    return "".join(f"{line}\r\n" for line in (*lines, "")).encode()
 
 
 def bomb(side: int) -> bytes:
@@ -175,12 +189,10 @@ def test_many_clients_at_once_each_get_their_own(server: Running) -> None:
 def test_a_client_that_goes_away_costs_nothing(server: Running) -> None:
     """Killed while it waits, and killed in the middle of its upload."""
     with server.queue.models.use(""):  # nothing is generated meanwhile
-        body = b'{"image": "' + base64.b64encode(png()) + b'", "steps": 1, "resolution": 16}'
-        head = "POST /v1/meshes HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(body)}\r\n\r\n"
+        body = as_json(png())
         for sent in (body, body[:100]):
             with socket.create_connection(("127.0.0.1", server.port)) as client:
-                client.sendall(head.encode() + sent)
+                client.sendall(head("/v1/meshes", len(body)) + sent)
                 if sent is body:
                     _until(lambda: server.queue._jobs)
         _until(lambda: not server.queue._jobs)
@@ -193,9 +205,8 @@ def test_a_body_that_stops_arriving_is_not_waited_for(
     """A client that waits for its mesh may be as silent as it likes."""
     monkeypatch.setattr(guard, "BODY_S", 0.3)
     for path in ("/v1/meshes", "/generate"):
-        head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{{"
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
-            client.sendall(head.encode())
+            client.sendall(head(path, 99) + b"{")
             answer = b"".join(iter(lambda client=client: client.recv(4096), b""))  # until the server hangs up
         assert answer.startswith(b"HTTP/1.1 408") and b"stopped for 0.3 s" in answer
     with ThreadPoolExecutor(1) as pool:
@@ -203,6 +214,46 @@ def test_a_body_that_stops_arriving_is_not_waited_for(
             waiting = pool.submit(server.post)
             time.sleep(1)
         assert waiting.result(60).status_code == 200
+
+
+def test_bodies_that_arrive_at_once_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of jobs that wait: they are dropped."""
+    monkeypatch.setattr(guard, "HELD_BODIES", 1)
+    with running(max_megabytes=0.1) as server:
+        large, body = png() + bytes(50_000), as_json(png() + bytes(50_000))
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(head("/v1/meshes", len(body)) + body[:-1])  # of which the rest is to come
+            _until(lambda: server.post(large).status_code == 503)
+            refused = server.post(large)
+            assert refused.json() == {"error": "more than 0.1 MB arrive at once, expected to ask again"}
+            assert refused.headers["retry-after"] == "5" and server.post().status_code == 200
+            with server.queue.models.use(""):  # nothing is generated meanwhile
+                client.sendall(body[-1:])
+                _until(lambda: server.queue._jobs)
+                assert server.post(large, wait="false").status_code == 202
+        assert server.post(large).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["form", "json", "generate"])
+def test_an_upload_is_dropped_once_its_image_is_read(server: Running, kind: str) -> None:
+    """While its job waits, neither its bytes are held nor what the file says beside the pixels."""
+    data = png(comment="x" * 4_000_000)
+    if kind == "form":
+        form = httpx.Request("POST", "http://a", files={"image": data})
+        sent = head("/v1/meshes", len(form.read()), form.headers["content-type"]) + form.content
+    else:
+        body = as_json(data)
+        sent = head("/generate" if kind == "generate" else "/v1/meshes", len(body)) + body
+    with server.queue.models.use(""):  # nothing is generated meanwhile
+        tracemalloc.start()
+        try:
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(sent)
+                _until(lambda: server.queue._jobs)
+                _until(lambda: tracemalloc.get_traced_memory()[0] < 1_000_000, 5)
+        finally:
+            tracemalloc.stop()
+        _until(lambda: not server.queue._jobs)
 
 
 def _until(true, seconds: float = 30) -> None:
@@ -237,9 +288,31 @@ def test_no_upload_and_no_mesh_outlives_its_job() -> None:
     assert not folder.exists(), "stopped"
 
 
+@pytest.mark.parametrize("stopped", [True, False])
+def test_who_does_not_take_an_answer_is_given_up_when_the_server_stops(stopped: bool) -> None:
+    """At the ASGI interface: uvicorn cancels what has not ended in the time to stop, and shows what comes of it."""
+    queue = MeshQueue(tiny_pipeline())
+    if stopped:
+        queue.close()
+
+    async def app(scope: dict, receive: object, send: object) -> None:
+        await asyncio.Event().wait()
+
+    async def cancelled() -> bool:
+        guarded = guard.Guard(app, ServeConfig(), Metrics(), queue)
+        task = asyncio.create_task(guarded({"type": "http", "path": "/docs", "headers": []}, None, None))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        return task.cancelled()
+
+    assert asyncio.run(cancelled()) is not stopped
+    queue.close()
+
+
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_answers_all_within_the_time_to_stop(tmp_path: Path, how: signal.Signals, code: int) -> None:
-    """The command: what waits is cancelled at once, what runs after `stop_s`."""
+    """The command: what waits or arrives is refused at once, what runs after `stop_s`; nothing else is said."""
     tiny_pipeline().save_pretrained(tmp_path / "tiny")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -257,14 +330,23 @@ def test_a_signal_answers_all_within_the_time_to_stop(tmp_path: Path, how: signa
 
             with ThreadPoolExecutor(2) as pool:
                 asked = [pool.submit(ask, steps) for steps in (1000, 999)]
+                arriving, gone = (socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(2))
+                for upload in (arriving, gone):
+                    upload.sendall(head("/v1/meshes", 99) + b"{")
+                gone.close()
                 busy = {"status": "ok", "waiting": 1, "running": 1}
                 _until(lambda: client.get("/healthz").json() == busy)
                 process.send_signal(how)
+                with arriving:
+                    refused = b"".join(iter(partial(arriving.recv, 4096), b""))
+                assert refused.startswith(b"HTTP/1.1 503") and refused.endswith(
+                    b'{"error":"the server stops"}'
+                )
                 for answer in asked:
                     assert answer.result().status_code == 503, answer.result().text
                     assert answer.result().json()["error"] == "the job was cancelled: the server stops"
         _, said = process.communicate(timeout=50)
-        assert process.returncode == code and "Traceback" not in said, said
+        assert process.returncode == code and "Traceback" not in said and "ERROR" not in said, said
     finally:
         process.kill()
 

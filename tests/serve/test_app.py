@@ -222,7 +222,7 @@ def test_what_goes_wrong_is_said_on_the_page(site: Page, visited, tmp_path: Path
     for name, words in (
         ("text", "the upload is no image"),
         ("large", "10000 x 10000 pixels, expected at most 1,000,000"),
-        ("cut", "the image is broken"),
+        ("cut", "the upload is broken"),
         ("blank", "stands out from its background"),
     ):
         visit.upload(tmp_path / f"{name}.png")

@@ -76,7 +76,7 @@ def test_an_avif_image_is_measured_before_it_is_decoded() -> None:
     with pytest.raises(UserError, match="the image has 1500 x 1000 pixels, expected at most 1,000"):
         decode_image(file.getvalue(), 1000)
     for size in (20, 100, 1000, len(file.getvalue()) - 100):
-        with pytest.raises(UserError, match="is broken|is no image, expected .* or AVIF"):
+        with pytest.raises(UserError, match="is broken|is no image, expected .* AVIF"):
             decode_image(file.getvalue()[:size], 25_000_000)
 
 
