@@ -92,7 +92,8 @@ def maker(
         from elastic3d.pipelines.text_to_3d import prompt_drawer
 
         draw, config = prompt_drawer(config, pipeline)
-    check_options(pipeline, config)
+    if config.trace or len(jobs) > 1:  # before a folder is made, and its first mesh
+        check_options(pipeline, config)
     return lambda tell, show: generate(pipeline, jobs, config, tell, show, draw, alone=len(jobs) == 1)
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MOST_LINES, MOST_FILES = 3196, 35
+MOST_LINES, MOST_FILES = 3204, 35
 
 TRACER = """
 import json, runpy, sys, threading

@@ -49,10 +49,8 @@ def sample(
     """
     if len(generators) != condition.shape[0]:
         raise ValueError(f"{len(generators)} generators for a batch of {condition.shape[0]}")
-    noise = torch.stack(
-        [torch.randn(shape, generator=g, device=g.device, dtype=torch.float32) for g in generators]
-    )
-    return integrate(dit, condition, noise.to(condition.device), times, guidance, **options)
+    noise = [torch.randn(shape, generator=g, device=g.device, dtype=torch.float32) for g in generators]
+    return integrate(dit, condition, torch.stack(noise).to(condition.device), times, guidance, **options)
 
 
 def integrate(

@@ -18,7 +18,7 @@ from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.width import plain_linear
 
 Key = tuple[object, ...]
-ROWS_APART = 16  # of the rows whose sums tell of a changed weight
+ROW_STRIDE = 16  # between rows whose sums tell of a changed weight
 
 
 def coarseness(
@@ -99,7 +99,7 @@ class FewStepLoRA(nn.Module):
         """What adapted weights were made of. Sums tell of a change through `.data`, as when a LoRA is merged: of a part
         of the rows, as all of them take a twentieth of the time of five steps on a CPU."""
         tensors = [*(linear.weight for _, _, linear in self._pairs(block)), *self.parameters()]
-        rows = [tensor.detach()[::ROWS_APART].sum(dtype=torch.float32) for tensor in tensors]
+        rows = [tensor.detach()[::ROW_STRIDE].sum(dtype=torch.float32) for tensor in tensors]
         sums = torch.stack(rows).tolist()
         return coarse, *sums, *((tensor.data_ptr(), tensor._version) for tensor in tensors)
 

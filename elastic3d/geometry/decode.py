@@ -65,9 +65,8 @@ def decode_field(
         ValueError: the field is not finite somewhere, or has the wrong shape.
     """
     resolutions = resolutions_of(config)
-    levels = [
-        _Level(field, config, torch.empty((resolutions[0] + 1,) * 3, device=device, dtype=torch.float32))
-    ]
+    coarse = torch.empty((resolutions[0] + 1,) * 3, device=device, dtype=torch.float32)
+    levels = [_Level(field, config, coarse)]
     levels[0].evaluate(torch.arange(levels[0].values.numel(), device=device))
     for resolution in resolutions[1:]:
         on_level(len(levels), len(resolutions))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gen_image
-import make_dial
+import make_dial as make_dial_command
 import numpy as np
 import pytest
 from _cli import execute
@@ -23,6 +23,7 @@ from elastic3d.pipelines.options import GenerateConfig, GenerateImageConfig
 from elastic3d.pipelines.text_to_3d import prompt_drawer
 from elastic3d.pipelines.text_to_image import ImageResult, TextToImagePipeline
 from elastic3d.studies.config import DialConfig
+from elastic3d.studies.dial import make_dial
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import load_json, save_json
 
@@ -61,7 +62,7 @@ def test_the_command_makes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (folder / "dial.json").write_text("{")  # a broken one is in nobody's way
     arguments = [f"model={folder}", f"results={tmp_path / 'r.json'}"]
     save_json(results(folder), tmp_path / "r.json")
-    assert execute(make_dial.main, DialConfig, "make_dial", arguments) == 0
+    assert execute(make_dial_command.main, DialConfig, "make_dial", arguments) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(
         "budget 0.50: 2 steps, every block, few-step LoRA; 1.90 times faster, psnr 25"
@@ -77,7 +78,7 @@ def test_the_command_makes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         change(report)
         save_json(report, tmp_path / "r.json")
         with pytest.raises(UserError, match=message):
-            make_dial.make_dial(DialConfig(model=folder, results=tmp_path / "r.json"))
+            make_dial(DialConfig(model=folder, results=tmp_path / "r.json"))
     assert (folder / "dial.json").read_bytes() == before
 
 

@@ -152,7 +152,7 @@ def test_micro_batches_have_the_gradients_of_their_whole(routed, weight):
     stage = FewStepStage(few_step_config(routed, {"mesh": mesh}, batch=4))
     whole = gradients(stage, 1)
     for accumulate in (2, 4):
-        torch.testing.assert_close(gradients(stage, accumulate), whole, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradients(stage, accumulate), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_dense_results_are_computed_once(routed, monkeypatch):
