@@ -17,9 +17,8 @@ from elastic3d.utils.files import check_paths, check_there
 
 def main(config: ImportConfig) -> None:
     """Read, check, write."""
-    check_there(
-        {"dinov2": config.dinov2}
-    )  # before what takes seconds to import; weights= may name a repository
+    # before what takes seconds to import; weights= may name a repository
+    check_there({"dinov2": config.dinov2})
     check_paths({"weights": config.weights, "dinov2": config.dinov2}, {}, {"output": config.output})
     from elastic3d.pipelines.published import import_checkpoint
 
