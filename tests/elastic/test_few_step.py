@@ -272,6 +272,20 @@ def test_stale_weights_are_made_anew():
     torch.testing.assert_close(generate(model, session, 3), third, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inputs", [64, 7])  # rows of 7 bf16 values are no whole 8 bytes
+def test_what_weights_were_made_of_tells_of_every_value(inputs, dtype):
+    """Also of the last digit of one value through `.data`, which a sum of the values rounds away."""
+    block = nn.Sequential(nn.Linear(inputs, 48)).to(dtype)
+    lora = FewStepLoRA(block, 2)
+    before = lora.state(block, 1.0)
+    for weight in (block[0].weight, lora.parts["0"].up):
+        for place in ((0, 0), (-1, -1)):
+            weight.data[place] = torch.nextafter(weight.data[place], torch.ones((), dtype=weight.dtype))
+            assert before != (before := lora.state(block, 1.0))
+    assert before == lora.state(block, 1.0) != lora.state(block, 0.0)
+
+
 def test_they_are_saved_with_the_routers(tmp_path):
     model, other = tiny(), tiny()
     session = learned(model)
