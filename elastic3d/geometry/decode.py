@@ -97,7 +97,7 @@ class _Level:
         """Put the field's exact values at flat node indices (P,); a call has points that lie close together."""
         self.known.view(-1)[indices] = True
         self.queries += len(indices)
-        x, y, z = (at // _BLOCK for at in torch.unravel_index(indices, self.values.shape))
+        x, y, z = (at // _BLOCK for at in _places(indices, self.resolution + 1))
         blocks = (self.resolution + 1) // _BLOCK + 1
         indices = indices[((x * blocks + y) * blocks + z).argsort(stable=True)]
         for chunk in indices.split(self.config.max_points):
@@ -172,7 +172,7 @@ class _Level:
         """Nodes (Q,) without an exact value that have another sign than a neighbour among `indices` (P,)."""
         nodes = self.resolution + 1
         values, known = self.values.view(-1), self.known.view(-1)
-        inside, places = values[indices] > 0, torch.unravel_index(indices, self.values.shape)
+        inside, places = values[indices] > 0, _places(indices, nodes)
         found = []
         for stride, place in zip((nodes**2, nodes, 1), places, strict=True):
             for step in (-1, 1):
@@ -252,13 +252,21 @@ def _matrix(middle: list[float], like: Tensor) -> Tensor:
     return torch.kron(torch.kron(line, line), line).T.contiguous()
 
 
+def _places(indices: Tensor, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, y, z (P,) of flat indices (P,) into (nodes, nodes, nodes).
+
+    `torch.unravel_index` would import sympy, which takes a third of a second.
+    """
+    return indices // nodes**2, indices // nodes % nodes, indices % nodes
+
+
 def node_points(indices: Tensor, resolution: int, box: float = BOX) -> Tensor:
     """Positions (P, 3) float32 of nodes with flat indices (P,) into a grid of R cells a side from -box to +box.
 
     Node i of an axis is at -box + 2 box i / R, of R + 1 nodes; indices are in C order of xyz.
     """
     axis = (-box + 2 * box * torch.arange(resolution + 1, dtype=torch.float64) / resolution).float()
-    return axis.to(indices.device)[torch.stack(torch.unravel_index(indices, (resolution + 1,) * 3), dim=-1)]
+    return axis.to(indices.device)[torch.stack(_places(indices, resolution + 1), dim=-1)]
 
 
 # -------------------------------------------------------------------------------------------- from a grid to a mesh

@@ -148,7 +148,8 @@ def test_a_first_mesh_waits_for_no_compiler_and_no_other_library():
     """Each of these takes a second or more to import, and nothing on the default path needs it."""
     code = (
         "import sys; from elastic3d import ImageTo3DPipeline;"
-        "ImageTo3DPipeline.from_pretrained('shape-small', device='cpu');"
+        "pipeline = ImageTo3DPipeline.from_pretrained('shape-small', device='cpu');"
+        f"pipeline({str(ROOT / 'data/samples/chair.png')!r}, resolution=32);"
         "heavy = ('torch._dynamo', 'sympy', 'diffusers', 'transformers', 'accelerate', 'open3d', 'matplotlib');"
         "sys.exit(', '.join(name for name in heavy if name in sys.modules) or None)"
     )
