@@ -31,20 +31,19 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 
-# Idle OpenMP threads wait awake for a few microseconds only, then sleep. Spinning on, they take the cores from each
-# other where anything else runs: 5 steps of shape-small on two busy cores then take 18 s instead of 0.6 to 1.0. Asleep
-# at once they help a small model little: 0.38 s instead of 0.25 on two idle cores. OpenMP reads this once, when PyTorch
-# is imported.
+# Idle OpenMP threads wait awake for a tenth of a millisecond, then sleep. Spinning on, as OpenMP does by default, they
+# take the cores from each other where anything else runs. Asleep sooner, they are woken for every operation, and two
+# threads are slower than one (reports/experiments/end-to-end.md). OpenMP reads this once, when PyTorch is imported.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
     _torch = sys.modules.get("torch")
     if _torch is None:
-        os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+        os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2500"}
     elif _torch.get_num_threads() > 1 and not _torch.cuda.is_available():
         import warnings
 
         warnings.warn(
             "torch was imported before elastic3d: its idle threads spin, which is slow where other programs run on this"
-            " machine. Import elastic3d first, or set OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=1000.",
+            " machine. Import elastic3d first, or set OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2500.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -27,7 +27,7 @@ def probe(before: str = "pass", **more: str) -> list:
 
 
 def test_idle_threads_sleep_unless_somebody_chose_otherwise():
-    assert probe() == [[], "passive", "1000", 0]
+    assert probe() == [[], "passive", "2500", 0]
     assert probe(OMP_WAIT_POLICY="active") == [[], "active", None, 0]
 
 
