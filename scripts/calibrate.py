@@ -14,6 +14,7 @@ import time
 
 from _cli import run
 
+from elastic3d.checkpoints.options import check_weights
 from elastic3d.pipelines.options import CalibratePolicyConfig
 from elastic3d.utils.files import check_paths, check_there
 
@@ -22,6 +23,7 @@ def main(config: CalibratePolicyConfig) -> None:
     """Load the model, generate, write."""
     # before what takes seconds to import
     check_there({name: getattr(config, name) for name in ("image", "prompts", "dinov2")})
+    check_weights(config.weights if config.model else "")
     from tqdm import tqdm
 
     from elastic3d.pipelines.calibration import calibrate_policy, target_file

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from _cli import run
 
+from elastic3d.checkpoints.options import check_weights
 from elastic3d.errors import UserError
 from elastic3d.evaluation.options import Runner
 from elastic3d.pipelines.options import GenerateConfig
@@ -41,6 +42,7 @@ STAGES = {"condition": "image", "dit": "step", "decode": "decoding", "cleanup": 
 def main(config: GenerateConfig) -> int:
     """Plan, load the model, generate; 1 if any image failed."""
     check_there({**config.inputs, "dinov2": config.dinov2})  # before what takes seconds to import
+    check_weights(config.weights)
     from tqdm import tqdm
 
     from elastic3d.pipelines import generation

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from _cli import run
 
-from elastic3d.checkpoints.options import ImportConfig
+from elastic3d.checkpoints.options import ImportConfig, check_weights
 from elastic3d.utils.files import check_paths, check_there
 
 
 def main(config: ImportConfig) -> None:
     """Read, check, write."""
-    # before what takes seconds to import; weights= may name a repository
+    check_weights(config.weights)  # before what takes seconds to import
     check_there({"dinov2": config.dinov2})
     check_paths({"weights": config.weights, "dinov2": config.dinov2}, {}, {"output": config.output})
     from elastic3d.pipelines.published import import_checkpoint

@@ -14,6 +14,7 @@ import pytest
 from elastic3d import cli
 
 ROOT = Path(__file__).resolve().parents[1]
+NOT_THERE = ("error: there is no file gone", "error: there is no folder gone")
 
 
 def run(
@@ -42,6 +43,10 @@ def test_there_is_a_command_for_every_script() -> None:
         "held_out split=gone output=x",
         "held_out data.path=gone output=x",
         "import_weights dinov2=gone output=x",
+        "import_weights weights=gone output=x",
+        "import_weights weights=gone/of/here output=x",
+        "gen_mesh model=triposg weights=gone/a.safetensors prompt=chair output=x.glb",
+        "calibrate model=triposg weights=gone image={data}/samples",
         "make_dial results=gone",
         "measure_colour data.splits=gone",
         "measure_familiarity prepared=gone",
@@ -49,12 +54,12 @@ def test_there_is_a_command_for_every_script() -> None:
     ],
 )
 def test_what_is_not_there_is_told_before_anything_slow_is_imported(command: str, tmp_path: Path) -> None:
-    script, *options = command.split()
+    script, *options = command.format(data=ROOT / "data").split()
     code = "import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; sys.path[:0] = [sys.argv[0]]"
     code += "; sys.argv[0] += f'/{sys.argv.pop(1)}.py'; runpy.run_path(sys.argv[0], run_name='__main__')"
     given = [sys.executable, "-c", code, str(ROOT / "scripts"), script, *options]
     done = subprocess.run(given, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: there is no file gone"), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith(NOT_THERE), done.stderr
     assert not any(tmp_path.iterdir())
 
 

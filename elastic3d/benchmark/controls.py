@@ -1,7 +1,7 @@
 """Routes of controls, which know less than routers do at the same FLOPs: drawn, fixed, or of the timestep alone.
 
-Axis letters: S steps, 2 guidance branches, B samples, I blocks. A `table` (I,1+K) is the FLOPs of each action of each
-block: skipped, then the K widths, of which the last is full.
+Axis letters: S steps, 2 guidance branches, B samples, I blocks, A actions: skipped, then the widths, of which the last
+is full. `costs` (..., I,A) are the FLOPs of each action of each block, 0 where it does not run.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from elastic3d.training.routes import fill
 Error = Callable[[Tensor], float]  # of fixed routes (I,)
 
 
-def random_routes(table: Tensor, passes: Tensor, share: float, rng: torch.Generator) -> Tensor:
-    """Actions (S,K,I) of one sample: blocks at full width, drawn without replacement until `share` is executed;
-    `passes`: (S,K), in how many passes of the model they run."""
-    order = torch.rand(*passes.shape, len(table), generator=rng)
-    return fill(order, torch.full(order.shape, table.shape[1] - 1), passes[..., None], table, share)
+def random_routes(costs: Tensor, share: float, rng: torch.Generator) -> Tensor:
+    """Actions (S,K,I) of one sample: blocks at full width, drawn without replacement until `share` of the `costs`
+    (S,K,I,A) is executed."""
+    order = torch.rand(costs.shape[:-1], generator=rng)
+    return fill(order, torch.full(order.shape, costs.shape[-1] - 1), costs, share)
 
 
-def timestep_routes(actions: Tensor, table: Tensor, share: float) -> Tensor:
+def timestep_routes(actions: Tensor, costs: Tensor, share: float) -> Tensor:
     """Routes (S,2,I) that depend on the timestep, branch and block alone, from recorded ones (S,2,B,I).
 
-    The cells that most samples kept are kept, at the mean width of those that did, until `share` is executed.
+    The cells that most samples kept are kept, at the mean width of those that did, until `share` of the `costs`
+    (S,2,I,A) is executed.
     """
     actions = actions.long()
-    ran = (actions[..., :1] != NOT_RUN).all(dim=2)
     kept = actions > SKIPPED
     count = kept.sum(dim=2)
-    mean, full = (actions * kept).sum(dim=2) / count.clamp_min(1), table.shape[1] - 1
+    mean, full = (actions * kept).sum(dim=2) / count.clamp_min(1), costs.shape[-1] - 1
     width = torch.where(count > 0, mean.round().long(), full)
     # of cells that as many samples kept, the widest come first
-    return fill(count + mean / (2 * full), width, ran, table, share)
+    return fill(count + mean / (2 * full), width, costs, share)
 
 
-def greedy_static(error: Error, table: Tensor, lowest: float) -> list[tuple[float, Tensor]]:
+def greedy_static(error: Error, costs: Tensor, lowest: float) -> list[tuple[float, Tensor]]:
     """A path of fixed routes (I,) from the dense model down to a `lowest` executed share: [(share, routes), ...].
 
     From each to the next, one block is skipped or narrowed by one width: the change that adds the least to `error` for
     each FLOP it saves. `error` takes routes (I,). Lazy greedy (Minoux 1978): costs are measured
     again from the lowest on until one stays the lowest, since skipping more makes them rise.
     """
-    routes = torch.full((len(table),), table.shape[1] - 1)
+    routes = torch.full((len(costs),), costs.shape[1] - 1)
     now, share = error(routes), 1.0
     path = [(share, routes)]
-    smaller = {SKIPPED, table.shape[1] - 2}
+    smaller = {SKIPPED, costs.shape[1] - 2}
     # (error added for each FLOP saved, error after the change, changes made when it was measured, block, action)
-    heap = [(-math.inf, now, -1, block, action) for block in range(len(table)) for action in smaller]
+    heap = [(-math.inf, now, -1, block, action) for block in range(len(costs)) for action in smaller]
     heapq.heapify(heap)
     with tqdm(desc=f"static routes down to {lowest:.2f}", unit="change", dynamic_ncols=True) as bar:
         while share > lowest and heap:
@@ -67,10 +67,10 @@ def greedy_static(error: Error, table: Tensor, lowest: float) -> list[tuple[floa
             changed[block] = action
             if measured < len(path):
                 after = error(changed)
-                threshold = (after - now) / float(table[block, routes[block]] - table[block, action])
+                threshold = (after - now) / float(costs[block, routes[block]] - costs[block, action])
                 heapq.heappush(heap, (threshold, after, len(path), block, action))
                 continue
-            now, routes, share = after, changed, executed_share(changed, table)
+            now, routes, share = after, changed, executed_share(changed, costs)
             path.append((share, routes))
             bar.update()
             if action > SKIPPED + 1:
@@ -78,12 +78,11 @@ def greedy_static(error: Error, table: Tensor, lowest: float) -> list[tuple[floa
     return path
 
 
-def executed_share(actions: Tensor, table: Tensor) -> float:
+def executed_share(actions: Tensor, costs: Tensor) -> float:
     """Share of the dense blocks' FLOPs that actions (..., I) execute; passes that did not run count nowhere."""
-    actions = actions.long()
-    executed = table[torch.arange(len(table)), actions.clamp_min(SKIPPED)].sum()
-    dense = ((actions != NOT_RUN).double() * table[:, -1]).sum()
-    return float(executed / dense)
+    costs = costs.expand(*actions.shape, -1)
+    executed = costs.gather(-1, actions.long().clamp_min(SKIPPED)[..., None]).sum()
+    return float(executed / costs[..., -1][actions != NOT_RUN].sum())
 
 
 class TableRoutes(RouteSource):

@@ -260,16 +260,14 @@ class Controls:
         return controls.TableRoutes(actions, self.router.widths)
 
     def _random(self, run: Run, job: Job) -> Tensor:
-        actions, table, decided = self._calibrated(run)
-        passes = (actions[:, :, 0, 0] != NOT_RUN).long()  # (S,2)
-        share = controls.executed_share(actions, table)
+        actions, costs, decided = self._calibrated(run)
+        share = controls.executed_share(actions, costs[:, :, None])
         generator = torch.Generator().manual_seed(zlib.crc32(f"{run.name}/{job.seed}/{job.name}".encode()))
         if run.routes is Routes.random_blocks:  # whatever the routers decide together
-            decided, share = table, run.settings.budget
+            decided, share = costs, run.settings.budget
         elif self.router.branches is Branches.shared:
-            passes = passes.sum(1, keepdim=True)
-        routes = controls.random_routes(decided, passes, share, generator)
-        return routes.expand(-1, 2, len(table))
+            decided = decided.sum(1, keepdim=True)
+        return controls.random_routes(decided, share, generator).expand(-1, 2, costs.shape[2])
 
     def _of_another(self, run: Run, job: Job) -> Tensor:
         """What the routers did for the next item, at the same seed; that is made where need be."""
@@ -285,23 +283,23 @@ class Controls:
 
     def _table_of(self, run: Run) -> Tensor:
         """Routes (S,2,1,I) by timestep, or fixed ones (1,1,1,I)."""
-        actions, table, decided = self._calibrated(run)
-        share = controls.executed_share(actions, table)
+        actions, costs, decided = self._calibrated(run)
+        share = controls.executed_share(actions, costs[:, :, None])
         if run.routes is Routes.static:
-            path = self._static_path(table, share)
+            path = self._static_path(costs.sum((0, 1)), share)
             nearest = min(path, key=lambda entry: abs(entry[0] - share))
             return torch.tensor(nearest[1])[None, None, None]
-        routes = controls.timestep_routes(actions[..., : len(decided)], decided, share)
-        return routes.expand(-1, -1, len(table))[:, :, None]
+        routes = controls.timestep_routes(actions[..., : decided.shape[2]], decided, share)
+        return routes.expand(-1, -1, costs.shape[2])[:, :, None]
 
     def _calibrated(self, run: Run) -> tuple[Tensor, Tensor, Tensor]:
-        """Actions (S,2,C,I) of a control's donor on the calibration items; what each action of a block costs; and of
-        what controls choose among: the blocks, or all of them as one where the routers decide for all."""
+        """Actions (S,2,C,I) of a control's donor on the calibration items; what each action of a block costs there
+        (S,2,I,A); and of what controls choose among: the blocks, or all as one where the routers decide for all."""
         donor = run.donor
         assert donor is not None and self.session is not None
         path = self._file(donor.name)
         if not path.is_file():
-            samples, flops = list[Any](), list[list[int]]()
+            samples, flops = list[Any](), list[Any]()
             for start in range(0, len(self.calibration), self.config.batch_size):
                 jobs = self.calibration[start : start + self.config.batch_size]
                 with self.task.ready(donor, self.source(donor, jobs)):
@@ -309,17 +307,20 @@ class Controls:
                 trace = self.session.trace
                 assert trace is not None
                 samples += [trace.sample(row) for row in range(len(jobs))]
-                flops = [[trace.flops[0][i].fixed, trace.flops[0][i].mlp] for i in range(len(trace.blocks))]
+                both = trace.flops[0], trace.flops[0] | trace.flops[1]
+                flops = [[[each[i].fixed, each[i].mlp] for i in range(len(trace.blocks))] for each in both]
             save_json({"samples": samples, "flops": flops}, path)
-        stored = load_json(path, {"flops": [[int]], "samples": [[[str]]]})
-        table = action_flops([BlockFlops(*each) for each in stored["flops"]], self.router.ratios)
-        actions = torch.stack([parse_actions(each, len(table)) for each in stored["samples"]], dim=2)
-        return actions, table, table.sum(0, keepdim=True) if self.router.scope is Scope.step else table
+        stored = load_json(path, {"flops": [[[int]]], "samples": [[[str]]]})
+        blocks = [BlockFlops(*block) for branch in stored["flops"] for block in branch]
+        table = action_flops(blocks, self.router.ratios).unflatten(0, (2, -1))
+        actions = torch.stack([parse_actions(each, table.shape[1]) for each in stored["samples"]], dim=2)
+        costs = (actions[:, :, 0, :, None] != NOT_RUN) * table
+        return actions, costs, costs.sum(2, keepdim=True) if self.router.scope is Scope.step else costs
 
     def _file(self, name: str) -> Path:
         """Another for another version, model, guidance, resolution, steps or items."""
         facts = self.planner.reference.name, self.planner.control_steps, self.planner.calibrated_on
-        key = zlib.crc32(repr((__version__, facts)).encode())
+        key = zlib.crc32(repr((__version__, "FLOPs by branch", facts)).encode())
         return self.config.output / "tables" / f"{name}-{key:08x}.json"
 
     def _searched(self) -> Run:
@@ -329,13 +330,13 @@ class Controls:
         settings = ElasticConfig(cache=NO_CACHE, budget=budget, few_step=planner.has_lora(steps, budget))
         return planner.run(MAIN, steps, Routes.open, settings)
 
-    def _static_path(self, table: Tensor, share: float) -> list[tuple[float, list[int]]]:
+    def _static_path(self, costs: Tensor, share: float) -> list[tuple[float, list[int]]]:
         """The greedy path of fixed routes, down to `share` at least; one for every budget."""
         file = self._file(f"static-{self._searched().name}")
         path = load_json(file, {"path": [list]})["path"] if file.is_file() else []
         if not path or path[-1][0] > share:
             lowest = min(share, 0.9 * min(self.planner.control_budgets))
-            found = controls.greedy_static(self._error(), table, lowest)
+            found = controls.greedy_static(self._error(), costs, lowest)
             path = [(executed, routes.tolist()) for executed, routes in found]
             save_json({"path": path}, file)
         return path

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from elastic3d.checkpoints.bundle import Bundle, Inspection, Loader, on_meta
 from elastic3d.checkpoints.dinov2 import load_network, other_network
-from elastic3d.checkpoints.options import PRESETS, CheckpointConfig
+from elastic3d.checkpoints.options import PRESETS, REPOSITORY, CheckpointConfig
 from elastic3d.checkpoints.tensors import Row, count_parameters, has_encoder, read_checkpoint, to_ours
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import DinoV2, dinov2_files
@@ -31,7 +30,6 @@ IMAGE_PIPELINES = ("PixelFluxPipeline", "FluxPipeline", "QwenImagePipeline")
 PIPELINE_CLASSES = {"TripoSGPipeline": "triposg", "Step1X3DGeometryPipeline": "step1x3d"}
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _VARIANTS = ("", ".fp16", ".bf16")
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)

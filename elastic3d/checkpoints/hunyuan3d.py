@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +13,17 @@ from torch import Tensor
 
 from elastic3d.checkpoints.bundle import Bundle, Inspection, Loader
 from elastic3d.checkpoints.dinov2 import load_network, other_network
-from elastic3d.checkpoints.folders import REPOSITORY, download, identify
-from elastic3d.checkpoints.options import INSIDE, CheckpointConfig, Table, check_partners, ignored, mapped
+from elastic3d.checkpoints.folders import download, identify
+from elastic3d.checkpoints.options import (
+    INSIDE,
+    REPOSITORY,
+    CheckpointConfig,
+    Table,
+    check_partners,
+    ignored,
+    mapped,
+    places,
+)
 from elastic3d.checkpoints.tensors import count_parameters, has_encoder, read_checkpoint, tensor_sizes
 from elastic3d.diffusion.options import PipelineConfig, SamplingGrid
 from elastic3d.errors import UserError
@@ -223,8 +231,7 @@ def find_checkpoint(folder: str | Path, subfolder: str) -> tuple[Path, Path]:
     Raises:
         UserError: nothing is there; names what was looked for and what there is instead.
     """
-    home = Path(os.environ.get("HY3DGEN_MODELS", "~/.cache/hy3dgen")).expanduser()
-    candidates = [Path(folder).expanduser(), home / folder]
+    candidates = places(folder)
     for root in candidates:
         if (root / subfolder).is_dir():
             return _files(root / subfolder)

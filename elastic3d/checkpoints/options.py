@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.errors import UserError
 from elastic3d.models.options import DiTConfig, ImageEncoderConfig, SkipDiTConfig, VAEConfig
+from elastic3d.utils.files import printable
 from elastic3d.utils.options import Options, option
 
 INSIDE = "(inside the checkpoint)"  # the path of an encoder whose weights are in the checkpoint
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # a name on the Hugging Face Hub
 
 
 @dataclass(kw_only=True)
@@ -54,6 +59,24 @@ PRESETS = {
     "step1x3d": Preset("step1x3d", "Step1X-3D", "stepfun-ai/Step1X-3D", "Step1X-3D-Geometry-1300m"),
 }
 OPEN_MODELS = ("triposg", "step1x3d")
+_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")  # no repository is named as a file of weights
+
+
+def places(folder: str | Path) -> list[Path]:
+    """Where a checkpoint's folder is looked for: as it is, then below $HY3DGEN_MODELS (or ~/.cache/hy3dgen)."""
+    home = Path(os.environ.get("HY3DGEN_MODELS", "~/.cache/hy3dgen")).expanduser()
+    return [Path(folder).expanduser(), home / folder]
+
+
+def check_weights(weights: str) -> None:
+    """UserError for `weights=` that is in no place on disk, and can't be a name on the Hub; empty is none."""
+    on_hub = REPOSITORY.fullmatch(weights) and not weights.endswith(_FILES)
+    if weights and not on_hub and not any(place.exists() for place in places(weights)):
+        example = PRESETS["hunyuan3d2"].repository
+        raise UserError(
+            f"there is no folder {printable(weights)} for weights=, expected one, or a name on the Hugging Face Hub"
+            f" such as {example}"
+        )
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
@@ -29,6 +30,8 @@ PROXY_START_S = "60"  # Ray gives its proxy 5 s to start, which a busy machine e
 
 def build_app(config: ServeConfig) -> FastAPI:
     """Load the model and put the API in front of it; the app closes the queue."""
+    # it warns of forms that can't be read, which is answered
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     pipeline = load_pipeline(config.generate_config())
     metrics = Metrics()
     queue = MeshQueue(pipeline, config.queue, config.rows, config.keep_s, metrics.observer())
@@ -47,8 +50,9 @@ def serve_here(app: FastAPI, config: ServeConfig) -> None:
             await super().shutdown(sockets)
 
     wait_s = math.ceil(config.stop_s) + ANSWER_S
+    # its warnings are of requests that are no HTTP or ask for a WebSocket, which are answered
     settings = uvicorn.Config(
-        app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=wait_s
+        app, host=config.host, port=config.port, log_level="error", timeout_graceful_shutdown=wait_s
     )
     Server(settings).run()
 

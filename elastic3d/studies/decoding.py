@@ -7,6 +7,7 @@ a folder of ground truth. Shapes whose surface is known are compared with it too
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,13 +30,13 @@ from elastic3d.geometry.decode import FieldFunction, decode_field
 from elastic3d.geometry.mesh_io import load_mesh
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.geometry.surface import extract_surface
-from elastic3d.models.images import images_in
+from elastic3d.models.images import IMAGE_SUFFIXES, without_drawings
 from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.studies.config import DecodingConfig
 from elastic3d.utils.claims import claim_folder, sole_use
-from elastic3d.utils.files import atomic_path, file_sha256, load_json, save_json
+from elastic3d.utils.files import atomic_path, file_sha256, load_json, save_json, visible_files
 from elastic3d.utils.options import to_dict
 
 SURFACE_POINTS = 8192
@@ -48,7 +49,7 @@ def compare_decoding(config: DecodingConfig) -> str:
 
     Raises:
         UserError: the folder has results of another model, other inputs or options, or does not say of which; two
-            inputs have one name.
+            inputs have one name; no image can be used, or none has the name of a true mesh.
     """
     pipeline = ImageTo3DPipeline.from_pretrained(config.model, "cpu")  # times are those of the processor
     settings, truths = _settings(pipeline, config), true_shapes(config)
@@ -78,26 +79,33 @@ def _settings(pipeline: ImageTo3DPipeline, config: DecodingConfig) -> dict[str, 
         "model": pipeline.weights_sha256,
         "pipeline": to_dict(pipeline.config),
         "images": file_sha256(*_images(config)),
-        "gt": None if config.gt is None else file_sha256(*_true_files(config.gt)),
+        "gt": None if config.gt is None else file_sha256(*_true_files(config)),
         **{name: options[name] for name in names},
     }
 
 
 def _images(config: DecodingConfig) -> list[Path]:
-    """UserError for two that differ in their suffix alone: results go by their stems."""
-    found = images_in(config.images)
+    """UserError where there is none, and for two that differ in their suffix alone: results go by their stems."""
+    files = visible_files(config.images, False, IMAGE_SUFFIXES)
+    found = without_drawings(files, f"images={config.images}")
     for before, path in pairwise(sorted(found, key=lambda each: each.stem)):
         if before.stem == path.stem:
             raise UserError(f"{config.images} has several images named {path.stem}, expected different names")
     return found
 
 
-def _true_files(folder: Path) -> list[Path]:
-    """UserError for one with the name of a made shape."""
-    found, made = sorted(folder.glob("*.glb")), made_shapes()
+def _true_files(config: DecodingConfig) -> list[Path]:
+    """None without `gt`. UserError for one with the name of a made shape, and where no image has the name of one."""
+    if config.gt is None:
+        return []
+    found, made, images = sorted(config.gt.glob("*.glb")), made_shapes(), _images(config)
     for path in found:
         if path.stem in made:
             raise UserError(f"{path} is named as a made shape, expected another name than {', '.join(made)}")
+    if not {path.stem for path in found} & {path.stem for path in images}:
+        raise UserError(
+            f"gt={config.gt} has no mesh named as an image in {config.images}, expected {images[0].stem}.glb"
+        )
     return found
 
 
@@ -242,8 +250,14 @@ def _latents(pipeline: ImageTo3DPipeline, config: DecodingConfig) -> dict[str, T
         found: dict[str, Tensor] = {}
         for seed in config.seeds:
             for image, result in zip(images, pipeline(images, seed=seed, resolution=32), strict=True):
-                if result.latents is not None:
+                if result.latents is None:
+                    warnings.warn(f"an image is left out: {result.error}", stacklevel=1)
+                else:
                     found[f"{image.stem}, seed {seed}"] = result.latents
+            if not found:
+                raise UserError(
+                    f"images={config.images} has no image that shows an object, expected one at least"
+                )
         for name, mesh in true_shapes(config).items():
             points, index = trimesh.sample.sample_surface(mesh, SURFACE_POINTS, seed=0)
             surface = torch.from_numpy(np.concatenate([points, mesh.face_normals[index]], axis=1)).float()
@@ -258,8 +272,7 @@ def _latents(pipeline: ImageTo3DPipeline, config: DecodingConfig) -> dict[str, T
 
 def true_shapes(config: DecodingConfig) -> dict[str, trimesh.Trimesh]:
     """The made shapes, and those of `config.gt` by the stems of their files."""
-    files = [] if config.gt is None else _true_files(config.gt)
-    return {path.stem: load_mesh(path) for path in files} | made_shapes()
+    return {path.stem: load_mesh(path) for path in _true_files(config)} | made_shapes()
 
 
 def made_shapes() -> dict[str, trimesh.Trimesh]:

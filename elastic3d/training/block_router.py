@@ -206,7 +206,7 @@ class RouteDraw:
         scale = table.std(unbiased=False).item() or 1.0
         priority = (table + spread * scale * noise - table.min() + 1e3)[:, None]
         flops = action_flops(self.blocks, ratios)
-        found = fill(priority, action[:, None], passes[:, None, None], flops, share)
+        found = fill(priority, action[:, None], passes[:, None, None, None] * flops, share)
         return found.expand(-1, 2, -1).contiguous()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,21 @@ def measure_familiarity(config: FamiliarityConfig) -> dict[str, Any]:
     """Write statistics and a record of how they were measured into the model's folder; return the record.
 
     Raises:
-        UserError: no shape of a split is prepared with a view that shows it, or too few for the components.
+        UserError: no shape of a split is prepared with a view that shows it, or too few for the components; a probe
+            has no image that shows an object.
     """
     folder = find_model(config.model)
+    shapes = {split: _shapes(config, split) for split in ("val", "train")}
+    images = {
+        probe: without_drawings(visible_files(probe, False, IMAGE_SUFFIXES), f"probe={probe}")
+        for probe in config.probe
+    }
     encoder = load_image_encoder(folder / "image_encoder")
+    # probes and validation before the training images, which take the longest: an error comes soon
+    probes = {probe.name: _probe_features(probe, paths, encoder) for probe, paths in images.items()}
     features = {}
-    for split in ("train", "val"):
-        listed = read_split(getattr(config, split))
-        ids = [id for id in listed if id.partition("/")[0] in config.sources]
-        shapes = PreparedShapes(config.prepared, ids)
-        found = list(_features(shapes, encoder, config, split))
+    for split in shapes:
+        found = list(_features(shapes[split], encoder, config, split))
         if not found:
             raise UserError(f"no shape of {split} in {config.prepared} has a view that shows it")
         features[split] = torch.cat(found)
@@ -60,11 +65,16 @@ def measure_familiarity(config: FamiliarityConfig) -> dict[str, Any]:
         "val_distance": _spread(distances),
         "val_false_alarms": float((distances >= threshold).mean()),
         "threshold": threshold,
-        "probes": {probe.name: _probe(probe, encoder, known) for probe in config.probe},
+        "probes": {name: _unfamiliar(known, *found) for name, found in probes.items()},
     }
     known.save(folder)
     save_json(record, folder / FAMILIARITY_RECORD)
     return record
+
+
+def _shapes(config: FamiliarityConfig, split: str) -> PreparedShapes:
+    listed = read_split(getattr(config, split))
+    return PreparedShapes(config.prepared, [id for id in listed if id.partition("/")[0] in config.sources])
 
 
 @torch.no_grad()
@@ -86,24 +96,29 @@ def _features(
 
 
 @torch.no_grad()
-def _probe(folder: Path, encoder: ImageEncoder, found: Familiarity) -> dict[str, Any]:
-    """Distances of the images of a folder, those without an object left out."""
-    distances, unused = [], 0
-    for path in without_drawings(visible_files(folder, False, IMAGE_SUFFIXES), f"probe={folder}"):
+def _probe_features(folder: Path, paths: Sequence[Path], encoder: ImageEncoder) -> tuple[Tensor, int]:
+    """Features (I,Cc) of the images of a folder, and how many are left out: they show no object."""
+    found, unused = [], 0
+    for path in paths:
         try:
             image = prepare(path, ForegroundConfig(), encoder)[0]
         except UserError:
             unused += 1
             continue
-        distances.append(float(found.distance(encoder(to_tensor([image])))))
-    if not distances:
-        raise UserError(f"probe: {folder} has no image that shows an object")
-    unfamiliar = float(np.mean(np.array(distances) >= float(found.threshold)))
+        found.append(image_feature(encoder(to_tensor([image]))))
+    if not found:
+        raise UserError(f"probe={folder} has no image that shows an object")
+    return torch.cat(found), unused
+
+
+def _unfamiliar(known: Familiarity, features: Tensor, unused: int) -> dict[str, Any]:
+    """What is recorded of a probe's features (I,Cc)."""
+    distances = known.distance(features[:, None]).double().numpy()
     return {
         "images": len(distances),
         "without_object": unused,
-        "unfamiliar": unfamiliar,
-        "distance": _spread(np.array(distances)),
+        "unfamiliar": float((distances >= float(known.threshold)).mean()),
+        "distance": _spread(distances),
     }
 
 

@@ -196,12 +196,11 @@ def load_sensitivity(path: Path | None, blocks: Sequence[str]) -> Sensitivity | 
     return found
 
 
-def fill(priority: Tensor, action: Tensor, passes: Tensor, table: Tensor, share: float) -> Tensor:
-    """Give cells (S,K,I) their `action`, highest priority first, while this brings the executed share nearer; `table`
-    as `action_flops` gives it. `passes`: (S,K,1), in how many passes of the model a cell runs, or a multiple of it."""
-    cost = (table[torch.arange(len(table)), action] * passes).flatten()
-    target = share * float((passes * table[:, -1]).sum())
-    ran = (passes > 0).expand_as(priority)
+def fill(priority: Tensor, action: Tensor, costs: Tensor, share: float) -> Tensor:
+    """Give cells (S,K,I) their `action`, highest priority first, while this brings the executed share nearer. `costs`
+    (S,K,I,A): FLOPs of each action of a cell as `action_flops` orders them, or a multiple; 0 where it does not run."""
+    cost, dense = costs.gather(-1, action[..., None]).flatten(), costs[..., -1]
+    target, ran = share * float(dense.sum()), dense > 0
     order = priority.masked_fill(~ran, -1).flatten().argsort(descending=True, stable=True)
     # a cell is taken where more than half of it still fits
     taken = (cost[order].cumsum(0) - cost[order] / 2 < target) & ran.flatten()[order]

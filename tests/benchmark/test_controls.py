@@ -23,19 +23,19 @@ TABLE = action_flops(BLOCKS, RATIOS)
 def test_random_routes_execute_the_share(branches, share):
     ran = torch.ones(20, 2, dtype=torch.long)
     ran[:: 2 if branches == 1.5 else 1, 1] = int(branches == 2)
-    one, two = (random_routes(TABLE, ran, share, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    costs = ran[..., None, None] * TABLE
+    one, two = (random_routes(costs, share, torch.Generator().manual_seed(seed)) for seed in (0, 1))
     assert set(one.unique().tolist()) <= {0, 4} and not one[ran == 0].any()
     assert torch.equal(one, two) == (share in (0.0, 1.0))
-    both = random_routes(TABLE, ran.sum(1, keepdim=True), share, torch.Generator().manual_seed(0))
+    both = random_routes(costs.sum(1, keepdim=True), share, torch.Generator().manual_seed(0))
     for routes in (one, both.expand(-1, 2, -1)):  # of each branch, or as the conditional one
         played = routes.masked_fill(ran[..., None] == 0, NOT_RUN)
         assert executed_share(played, TABLE) == pytest.approx(share, abs=0.02)
 
 
 def test_blocks_as_one_are_all_drawn_or_none():
-    whole = TABLE.sum(0, keepdim=True)
-    ran = torch.ones(20, 2, dtype=torch.long)
-    routes = random_routes(whole, ran, 0.4, torch.Generator().manual_seed(0))
+    whole = TABLE.sum(0, keepdim=True).expand(20, 2, -1, -1)
+    routes = random_routes(whole, 0.4, torch.Generator().manual_seed(0))
     assert routes.shape == (20, 2, 1) and int((routes > 0).sum()) == 16
     assert executed_share(routes.expand(-1, -1, 4), TABLE) == pytest.approx(0.4)
 
@@ -46,14 +46,15 @@ def test_timestep_routes_keep_what_most_samples_keep():
     actions[:2, 0, :9, 1] = 2  # nine of ten, in the first steps of one branch, half wide
     actions[2:, 1, :5, 2] = 3
     share = executed_share(torch.cat([actions[:, :, :1, :2], 0 * actions[:, :, :1, 2:]], -1), TABLE)
-    routes = timestep_routes(actions, TABLE, share)
+    costs = TABLE.expand(4, 2, -1, -1)
+    routes = timestep_routes(actions, costs, share)
     assert (routes[:, :, 0] == 4).all() and (routes[:2, 0, 1] == 2).all() and not routes[:, :, 2:].any()
     assert executed_share(routes, TABLE) == pytest.approx(share)
-    more = timestep_routes(actions, TABLE, 0.6)
+    more = timestep_routes(actions, costs, 0.6)
     assert (more[2:, 1, 2] == 3).all() and executed_share(more, TABLE) == pytest.approx(0.6, abs=0.03)
     one_branch = actions.clone()
     one_branch[:, 1] = NOT_RUN
-    found = timestep_routes(one_branch, TABLE, 0.5)
+    found = timestep_routes(one_branch, costs * torch.tensor([1, 0])[:, None, None], 0.5)
     assert not found[:, 1].any()
     found[:, 1] = NOT_RUN
     assert executed_share(found, TABLE) == pytest.approx(0.5, abs=0.05)

@@ -10,16 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tiny_images import save_tiny_qwen
 
 from elastic3d.benchmark.config import CacheName, ImageBenchmarkConfig, Method, Phase
+from elastic3d.benchmark.controls import executed_share
 from elastic3d.benchmark.images import ImageTask, kept
 from elastic3d.benchmark.methods import ON_REQUEST
+from elastic3d.benchmark.methods import plan as plan_of
 from elastic3d.benchmark.rivals import rival_cases
 from elastic3d.benchmark.run import benchmark
-from elastic3d.elastic.config import BlockCacheConfig, CacheRule
+from elastic3d.elastic import attach, save_routers
+from elastic3d.elastic.config import BlockCacheConfig, Branches, CacheRule, RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.models.images import read_metadata
+from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from tests.benchmark.conftest import INSTALLED, PROMPTS, image_config_of
 from tests.processes import in_use_elsewhere
@@ -125,6 +131,35 @@ def test_the_summary_puts_every_family_beside_the_elastic_one(done):
     assert {c["matched"] for c in results["comparisons"]} >= {"equal FLOPs", "equal budget"}
     rivals = {c["rival_method"] for c in results["comparisons"]}
     assert rivals >= {"random", "static", "timestep", "shuffled"}
+
+
+def test_controls_count_the_flops_of_both_branches(tmp_path):
+    """Of Qwen-Image, each of which is as long as its prompt."""
+    save_tiny_qwen(tmp_path / "model")
+    backbone = TextToImagePipeline.from_pretrained(
+        BackboneName.qwen_image, tmp_path / "model", device="cpu"
+    ).backbone
+    torch.manual_seed(0)
+    attach(backbone.pipe, RouterConfig(branches=Branches.separate, initial_keep=0.6, head_std=3.0))
+    save_routers(backbone.pipe.transformer, tmp_path / "model" / "routers")
+    (tmp_path / "prompts.txt").write_text("a red chair " * 20)
+    config = image_config_of(
+        tmp_path, tmp_path / "out", backbone=BackboneName.qwen_image, references=None, resolution=16, seeds=[0],
+        steps=[8], baseline_steps=8, reference_steps=8, methods=[Method.random, Method.timestep], caches=[],
+    )  # fmt: skip
+    task = ImageTask(config)
+    runs = {case.method: case.run for case in plan_of(task.planner, 1)}
+    [donor] = {run.donor for run in runs.values()}
+    true, *found = (
+        result.metadata["flops_executed"] / result.metadata["flops_dense"]
+        for run in (donor, *runs.values())
+        for result in task.produced(run, task.jobs)
+    )
+    actions, costs, _ = task.controls._calibrated(runs["random"])
+    conditional, unconditional = costs[0, :, 0, -1].tolist()
+    assert conditional > 1.5 * unconditional and not torch.equal(actions[:, 0], actions[:, 1])
+    assert executed_share(actions, costs[:, :, None]) == pytest.approx(true, rel=1e-6)
+    assert found == pytest.approx([true, true], abs=0.05)
 
 
 def test_a_second_run_makes_nothing_again(done, gallery, monkeypatch):

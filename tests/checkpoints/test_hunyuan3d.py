@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from elastic3d.checkpoints.dinov2 import build_network
 from elastic3d.checkpoints.hunyuan3d import WEIGHTS_NAMES, find_checkpoint, load_hunyuan3d, part_sizes
+from elastic3d.checkpoints.options import check_weights
 from elastic3d.errors import UserError
 from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.published import calibration_home
@@ -177,6 +179,23 @@ def test_nothing_there_and_no_network(tmp_path: Path) -> None:
         load_hunyuan3d(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no folder .*someone/something can't be downloaded"):
         load_hunyuan3d("someone/something")
+    with pytest.raises(
+        UserError, match=r"there is no folder nowhere nor \S+nowhere$"
+    ):  # never a name on the Hub
+        load_hunyuan3d("./nowhere")
+
+
+def test_weights_that_can_be_nowhere_are_told_without_looking_on_the_hub(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HY3DGEN_MODELS", str(written.parent))
+    for there in ("", written.name, str(written), "someone/something", "tencent/Hunyuan3D-2.1"):
+        check_weights(there)
+    for gone in ("nowhere", "./nowhere", "/nowhere/at.all", "a/b/c", "models/model.safetensors", "a\\b"):
+        with pytest.raises(
+            UserError, match=re.escape(f"there is no folder {gone} for weights=, expected one")
+        ):
+            check_weights(gone)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_pipeline import save_image, tiny_pipeline
 
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import genus
+from elastic3d.pipelines.preview import draw_routes
 from elastic3d.studies import decoding
 from elastic3d.studies.config import DecodingConfig
 from elastic3d.studies.decoding import compare_decoding, hunyuan3d_fields, to_truth
@@ -87,6 +89,35 @@ def test_inputs_of_one_name_are_refused(config: DecodingConfig, tmp_path: Path) 
     with pytest.raises(UserError, match="images has several images named ellipse, expected different names"):
         compare_decoding(config)
     assert not config.output.exists()
+
+
+def test_a_folder_without_images_of_the_shapes_is_refused(config: DecodingConfig, tmp_path: Path) -> None:
+    """The made shapes alone would be decoded, or the true ones without a truth, and nothing said of it."""
+    config = replace(config, images=tmp_path / "drawings", resolutions=[8])
+    config.images.mkdir()
+    with pytest.raises(UserError, match="images=.*drawings holds no image"):
+        compare_decoding(config)
+    draw_routes(
+        [("a", {"actions": [["1."]], "blocks": ["0", "1"], "widths": [1.0]})], config.images / "a.png"
+    )
+    with pytest.raises(
+        UserError, match="images=.*drawings holds no image but previews and drawings of routes"
+    ):
+        compare_decoding(config)
+    assert not config.output.exists()
+    Image.new("RGBA", (64, 64)).save(config.images / "empty.png")
+    with (
+        pytest.raises(UserError, match="images=.*drawings has no image that shows an object"),
+        pytest.warns(),
+    ):
+        compare_decoding(config)
+    save_image(config.images / "ellipse.png")
+    (tmp_path / "gt").mkdir()
+    with pytest.raises(UserError, match="gt=.*gt has no mesh named as an image in .*, expected ellipse.glb"):
+        compare_decoding(replace(config, gt=tmp_path / "gt"))
+    with pytest.warns(UserWarning, match="an image is left out: .*empty.png"):
+        compare_decoding(replace(config, output=tmp_path / "other"))
+    assert list(load_json(tmp_path / "other" / "shapes.json")) == ["ellipse, seed 0", "sphere"]
 
 
 def test_a_shape_is_as_near_to_itself_as_its_samples() -> None:

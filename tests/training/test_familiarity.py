@@ -110,6 +110,28 @@ def test_images_are_framed_as_the_pipeline_frames_them(
         measure_familiarity(config)
 
 
+def test_what_is_not_there_is_told_before_any_shape_is_encoded(
+    prepared: FamiliarityConfig, tmp_path: Path
+) -> None:
+    """Before the error of shapes that no view shows, which comes when they are read."""
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    (tmp_path / "probe").mkdir()
+    views = shutil.copytree(prepared.prepared, tmp_path / "prepared")
+    for number in range(4):
+        hide(views, f"box{number}")
+    config = replace(prepared, model=tmp_path / "model", prepared=views, probe=[tmp_path / "probe"])
+    with pytest.raises(UserError, match="probe=.*probe holds no image"):
+        measure_familiarity(config)
+    Image.new("RGBA", (64, 64)).save(tmp_path / "probe" / "empty.png")
+    with pytest.raises(UserError, match="probe=.*probe has no image that shows an object"):
+        measure_familiarity(config)
+    with pytest.raises(UserError, match="can't read .*gone"):
+        measure_familiarity(replace(config, probe=[tmp_path / "gone"]))
+    (tmp_path / "val.txt").write_text("folder/box9\n")
+    with pytest.raises(UserError, match="none of the 1 shapes"):
+        measure_familiarity(replace(config, probe=[], val=[tmp_path / "val.txt"]))
+
+
 def hide(prepared: Path, name: str) -> None:
     """Leave the views of a shape empty, as those of a sheet that is seen from its edge."""
     (shard,) = prepared.glob("folder/*.safetensors")
