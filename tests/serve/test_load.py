@@ -98,4 +98,5 @@ def test_many_clients_get_their_meshes_and_memory_stays(tmp_path: Path) -> None:
     print(figures)
     assert figures["alone"]["errors"] == figures["together"]["errors"] == 0
     assert figures["together"]["requests"] == 500 and len(figures["memory_mib"]) == 10
-    assert figures["memory_mib"][-1] < 1.1 * figures["memory_mib"][1]
+    # until then oneDNN still caches kernels of batch sizes that are new
+    assert figures["memory_mib"][-1] < 1.1 * figures["memory_mib"][4]
