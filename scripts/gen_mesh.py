@@ -42,7 +42,8 @@ STAGES = {"condition": "image", "dit": "step", "decode": "decoding", "cleanup": 
 def main(config: GenerateConfig) -> int:
     """Plan, load the model, generate; 1 if any image failed."""
     check_there({**config.inputs, "dinov2": config.dinov2})  # before what takes seconds to import
-    check_weights(config.weights)
+    if config.weights:
+        check_weights(config.weights)
     from tqdm import tqdm
 
     from elastic3d.pipelines import generation
