@@ -253,10 +253,8 @@ def _matrix(middle: list[float], like: Tensor) -> Tensor:
 
 
 def _places(indices: Tensor, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x, y, z (P,) of flat indices (P,) into (nodes, nodes, nodes).
-
-    `torch.unravel_index` would import sympy, which takes a third of a second.
-    """
+    """x, y, z (P,) of flat indices (P,) into (nodes, nodes, nodes)."""
+    # torch.unravel_index would import SymPy, which takes a third of a second
     return indices // nodes**2, indices // nodes % nodes, indices % nodes
 
 
