@@ -31,9 +31,9 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 
-# Idle OpenMP threads wait awake for a tenth of a millisecond, then sleep. Spinning on, as OpenMP does by default, they
-# take the cores from each other where anything else runs. Asleep sooner, they are woken for every operation, and two
-# threads are slower than one (reports/experiments/end-to-end.md). OpenMP reads this once, when PyTorch is imported.
+# Idle OpenMP threads spin for a moment, then sleep. Spinning on, as by default, they take the cores from each other
+# where anything else runs. Asleep sooner, they are woken for every operation, and two threads are slower than one
+# (reports/experiments/end-to-end.md). OpenMP reads this once, when PyTorch is imported.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
     _torch = sys.modules.get("torch")
     if _torch is None:

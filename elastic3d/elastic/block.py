@@ -88,7 +88,7 @@ class ElasticBlock:
 
     def bind(self, coarse: float | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
         """The call of the block. What this computes already, the joint of a long skip, has the adapted weights too."""
-        with exchanged(self.inner, self.adapted(coarse) if self.adapter.joins else {}):
+        with exchanged(self.inner, self.adapted(coarse)):
             return self.adapter.bind(self.inner, args, kwargs)
 
     # ---------------------------------------------------------------------------------------- in training

@@ -67,7 +67,6 @@ class StepContext:
     t: Tensor = field(init=False)  # once the model is called
     waiting: bool = True  # for the call of the model
     modulation: Tensor | None = None
-    gate_bias: Tensor | None = None
     step_decision: RouteDecision | None = None
     groups: Groups = field(default_factory=dict)
     visited: set[int] = field(default_factory=set)

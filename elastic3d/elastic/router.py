@@ -90,8 +90,7 @@ def pooled(streams: Streams) -> Tensor:
     """Token streams (B,L,D) -> (B, streams * D) fp32: LayerNorm of each stream's mean token. (A norm of every token
     costs eight times as much.)"""
     means = [stream.mean(dim=1).float() for stream in streams]
-    normed = [F.layer_norm(mean, mean.shape[-1:]) for mean in means]
-    return normed[0] if len(normed) == 1 else torch.cat(normed, dim=-1)
+    return torch.cat([F.layer_norm(mean, mean.shape[-1:]) for mean in means], dim=-1)
 
 
 class Conditioner(nn.Module):
@@ -122,15 +121,11 @@ class Router(nn.Module):
         _initialise_heads(self.heads, config)
         self.age = _age_embedding(config) if config.longest else None
 
-    def forward(self, streams: Streams, modulation: Tensor, ages: Sequence[int] = ()) -> Tensor:
-        """A block's input tokens, the conditioner's output for it (B, 2 H_r + 1 + K), and the ages (B) in steps of what
-        the block would add if it were skipped (0: nothing) -> logits (B, 1 + K)."""
+    def forward(self, streams: Streams, modulation: Tensor, age: Tensor | None) -> Tensor:
+        """A block's input tokens, the conditioner's output for it (B, 2 H_r + 1 + K), and the age (B,) long in steps of
+        what the block would add if it were skipped (0: nothing) -> logits (B, 1 + K)."""
         if self.age is not None:
-            alike = min(ages) == max(
-                ages
-            )  # as in a batch of one; a row of the table is cheaper than a lookup
-            index = torch.tensor(ages, device=modulation.device) if not alike else ages[0]
-            modulation = modulation + self.age.weight[index]
+            modulation = modulation + self.age(age)
         hidden = self.trunk(pooled(streams).to(self.trunk.weight.dtype))
         H, K1 = self.trunk.out_features, self.heads.out_features
         scale, shift, offset = modulation.split([H, H, K1], dim=-1)

@@ -7,7 +7,6 @@ that nobody announced is an error. In a pass `run` stands where each block of th
 from __future__ import annotations
 
 import functools
-import itertools
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -211,7 +210,8 @@ class ElasticSession:
         context = self.current
         if context is None or not context.waiting:
             raise ValueError("a forward pass that nobody announced: call session.step first")
-        if any(p.device != t.device for p in itertools.islice(self.routers.parameters(), 1)):
+        first = next(self.routers.parameters(), None)
+        if first is not None and first.device != t.device:
             self.routers.to(t.device)  # no part of the model: they go where it is
         context.t, context.waiting = t.float(), False
         for name in ("dt", "budget", "branch"):
@@ -222,9 +222,6 @@ class ElasticSession:
         if self.conditioner is not None and self.routers_run and context.step_decision is None:
             given, rows = (context.t, context.dt, context.budget, context.branch), self._deciding(context)
             context.modulation = self.conditioner(*(values[rows] for values in given))
-            curves = self.router_config.curves
-            if curves.times:
-                context.gate_bias = interpolated(context.t, curves.times, curves.gate_bias)
 
     @stays_eager  # decisions stay eager; blocks are compiled by themselves
     def run(self, block: ElasticBlock, *args: Any, **kwargs: Any) -> Any:
@@ -290,20 +287,22 @@ class ElasticSession:
         """What the router of a block says of every row; where samples share their routes, their mean holds."""
         config, router, rows = self.router_config, block.router, self._deciding(context)
         assert router is not None
-        streams, modulation = block.adapter.seen(call), context.modulation
+        streams, modulation = tuple(x[rows] for x in block.adapter.seen(call)), context.modulation
         assert modulation is not None
-        if len(modulation) < len(context.t):
-            streams = tuple(x[rows] for x in streams)
         if self.source is not None:  # the model does not learn to please its routers
             streams = tuple(x.detach() for x in streams)
-        ages = [min(age, config.longest) for age in context.ages(self.span(block).start)[rows]]
-        logits = router(streams, modulation[:, block.index], ages)
-        if len(logits) < len(context.t):
-            logits = logits.repeat(len(context.t) // len(logits), 1)
+        age = None
+        if config.longest:
+            ages = torch.tensor(context.ages(self.span(block).start), device=context.t.device)
+            age = ages.clamp_max(config.longest)[rows]
+        logits = router(streams, modulation[:, block.index], age)
+        logits = logits.repeat(len(context.t) // len(logits), 1)
         if self.settings.shared:
             by_branch = logits.unflatten(0, (-1, context.conditional_rows))
             logits = by_branch.mean(1, keepdim=True).expand_as(by_branch).flatten(0, 1)
-        return RouteDecision.from_logits(logits, config.threshold, context.gate_bias)
+        at, found = config.curves.times, config.curves.gate_bias
+        bias = interpolated(context.t, at, found) if at else None
+        return RouteDecision.from_logits(logits, config.threshold, bias)
 
     def _deciding(self, context: StepContext) -> slice:
         """The rows whose routers decide for all of a pass: where branches share their routes, those of the conditional

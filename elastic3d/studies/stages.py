@@ -118,13 +118,7 @@ def _process(folder: Path, config: StagesConfig) -> dict[str, list[float]]:
 
 def _run(arguments: Sequence[str], folder: Path, config: StagesConfig) -> tuple[str, float]:
     """Output of Python on these arguments with a checkout's package, and the milliseconds it took."""
-    idle = {
-        "OMP_WAIT_POLICY": "passive",
-        "GOMP_SPINCOUNT": "2500",
-    }  # as the package sets it, unless somebody did
-    environment = (os.environ if idle.keys() & os.environ.keys() else os.environ | idle) | {
-        "PYTHONPATH": str(folder)
-    }
+    environment = os.environ | {"PYTHONPATH": str(folder)}  # with what the package has said of idle threads
     if config.threads:
         environment["OMP_NUM_THREADS"] = str(config.threads)
     start = _clock(config.cpu)

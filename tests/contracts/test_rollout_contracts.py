@@ -140,7 +140,7 @@ def test_a_skipped_block_adds_what_it_remembers_or_nothing_and_its_router_knows(
     for block in session.blocks:
         forward = block.router.forward
         monkeypatch.setattr(
-            block.router, "forward", lambda *given, f=forward: ages.append(list(given[-1])) or f(*given)
+            block.router, "forward", lambda *given, f=forward: ages.append(given[-1].tolist()) or f(*given)
         )
     with torch.no_grad():
         learned(model, session, inputs, rollout(routes, session))

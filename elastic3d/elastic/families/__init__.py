@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -79,7 +79,6 @@ class BlockAdapter(ABC):
     returns: tuple[str, ...] | None = None
     per_sample: tuple[str, ...] = ()
     mlp_width: str | None = None
-    joins: ClassVar[bool] = False  # whether `bind` computes with the block's weights
 
     def bind(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
         """The call with its arguments by name, however they were passed."""

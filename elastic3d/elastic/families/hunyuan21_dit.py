@@ -26,8 +26,6 @@ class SkipBlockAdapter(BlockAdapter):
     its tokens go different ways, so that there is no prefix that all of them share.
     """
 
-    joins = True
-
     def bind(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
         """The call with its arguments by name and the long skip joined."""
         arguments = dict(super().bind(block, args, kwargs).arguments)
