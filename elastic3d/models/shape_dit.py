@@ -156,8 +156,10 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         """x (condition, then latents) (B,M+N,D), vec (B,D) -> new x."""
         shift, scale, gate = self.modulation(vec)
-        qkv, hidden = self.linear1(modulate(x, shift, scale)).split([3 * x.shape[-1], self.mlp_width], dim=-1)
-        q, k, v = rearrange(qkv, "B L (K H d) -> K B H L d", K=3, H=self.heads)
+        D = x.shape[-1]
+        # each part on its own: compiled, the gradient of one split costs less than that of a split of a split
+        *qkv, hidden = self.linear1(modulate(x, shift, scale)).split([D, D, D, self.mlp_width], dim=-1)
+        q, k, v = (rearrange(part, "B L (H d) -> B H L d", H=self.heads) for part in qkv)
         q, k = self.norm(q, k)
         out = attend(q, k, v)
         hidden = nn.functional.gelu(hidden, approximate=self.gelu)
