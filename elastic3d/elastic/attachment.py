@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from elastic3d.elastic.block import ElasticBlock
@@ -200,9 +201,9 @@ def load_router_state(model: nn.Module, state: Mapping[str, Tensor], source: str
     load_strict(routers, {own.get(key, key): value for key, value in todays.items()}, source)
 
 
-def save_routers(model: nn.Module, folder: str | Path) -> None:
-    """Write the routers of a model to `folder`, each file whole or not at all."""
-    save_weights(router_state(model), Path(folder) / WEIGHTS_NAME)
+def save_routers(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write the routers of a model to `folder`, each file whole or not at all; `dtype` as `save_weights` takes it."""
+    save_weights(router_state(model), Path(folder) / WEIGHTS_NAME, dtype)
     save_router_config(model, folder)
 
 

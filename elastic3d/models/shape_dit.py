@@ -156,9 +156,8 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         """x (condition, then latents) (B,M+N,D), vec (B,D) -> new x."""
         shift, scale, gate = self.modulation(vec)
-        D = x.shape[-1]
-        # each part on its own: compiled, the gradient of one split costs less than that of a split of a split
-        *qkv, hidden = self.linear1(modulate(x, shift, scale)).split([D, D, D, self.mlp_width], dim=-1)
+        widths = [x.shape[-1]] * 3 + [self.mlp_width]  # one split: when compiled, its gradient is cheaper
+        *qkv, hidden = self.linear1(modulate(x, shift, scale)).split(widths, dim=-1)
         q, k, v = (rearrange(part, "B L (H d) -> B H L d", H=self.heads) for part in qkv)
         q, k = self.norm(q, k)
         out = attend(q, k, v)

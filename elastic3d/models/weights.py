@@ -24,6 +24,8 @@ _CLASS_KEY = "_class_name"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Number formats that arithmetic here is defined for; float8 is not.
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+# A matrix `x` (M,N) in 8 bits has its rows' scales (M,1) beside it, as compressed-tensors names them.
+_SCALE = "_scale"
 _MAGIC = {
     b"PK\x03\x04": "a pickle",  # torch.save since 1.6: a zip archive around a pickle
     b"\x80": "a pickle",
@@ -56,8 +58,7 @@ class PretrainedMixin:
             device: None is the CPU.
 
         Raises:
-            UserError: a missing, broken or third-party file; weights that do not fit the architecture or are not
-                finite.
+            UserError: a missing, broken or third-party file; weights that do not fit or are not finite.
         """
         folder = Path(folder)
         config = load_config(folder, cls.config_class, cls.__name__)
@@ -71,7 +72,7 @@ class PretrainedMixin:
         """Write `config.json` and `model.safetensors` to `folder`, each whole or not at all.
 
         Args:
-            dtype: of the floating-point weights in the file; None keeps the model's.
+            dtype: of the floating-point weights in the file (see `save_weights`); None keeps the model's.
         """
         assert isinstance(self, nn.Module)
         folder = Path(folder)
@@ -209,11 +210,8 @@ def all_finite(values: Tensor) -> bool:
 
 
 def check_fit(own: Mapping[str, Any], state: Mapping[str, Any], what: str) -> None:
-    """Whether the names and shapes of `state` are those of `own`; no value is read.
-
-    Raises:
-        UserError: `what`, and the first tensors that are missing, unknown or mis-shaped, and how many there are.
-    """
+    """Compare names and shapes of `state` with those of `own`; no value is read. UserError: `what`, and the first
+    tensors that are missing, unknown or mis-shaped, and how many there are."""
     wanted, found = ({name: tuple(each.shape) for name, each in some.items()} for some in (own, state))
     if found != wanted:
         raise UserError(f"{what}: tensors {_misfit(wanted, found)}")
@@ -282,16 +280,45 @@ def tensor_heads(path: Path) -> dict[str, Stored]:
 
 
 def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU; arguments and errors as `open_tensors`."""
+    """Every tensor of a safetensors file on the CPU, 8-bit matrices in fp32; arguments and errors as `open_tensors`."""
     with open_tensors(path, names) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    packed = [
+        name for name, tensor in tensors.items() if tensor.dtype is torch.int8 and name + _SCALE in tensors
+    ]
+    return _unpacked(tensors, packed, path) if packed else tensors
+
+
+def _unpacked(tensors: dict[str, Tensor], packed: Collection[str], path: Path) -> dict[str, Tensor]:
+    """`packed` matrices in fp32, without their scales."""
+    for name in packed:
+        matrix, scale = tensors[name], tensors.pop(name + _SCALE)
+        rows = [*matrix.shape[:1], 1]
+        if list(scale.shape) != rows or not scale.is_floating_point():
+            found = f"scales of {name} of the shape {list(scale.shape)} in {scale.dtype}"
+            raise UserError(
+                f"{printable(path)} has {found}, expected floating-point ones of the shape {rows}"
+            )
+        tensors[name] = matrix * scale.float()
+    return tensors
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
-    """Write tensors to a safetensors file, whole or not at all; `dtype` converts the floating-point ones."""
+    """Write tensors to a safetensors file, whole or not at all.
+
+    Args:
+        dtype: of the floating-point tensors; None keeps their own. int8 keeps matrices (M,N) in 8 bits a value, with a
+            scale for each row, and everything else in bf16: half the size, and an error like that of bf16 in the mesh.
+    """
     tensors = {}
     for name, tensor in state.items():
-        kept = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+        if dtype is torch.int8 and tensor.ndim == 2 and tensor.is_floating_point():
+            matrix = tensor.detach().to("cpu", torch.float32)
+            scale = (matrix.abs().amax(dim=1, keepdim=True) / 127).clamp(min=torch.finfo().tiny)
+            tensors[name], tensors[name + _SCALE] = (matrix / scale).round().to(torch.int8), scale
+            continue
+        floats = torch.bfloat16 if dtype is torch.int8 else dtype
+        kept = tensor.dtype if floats is None or not tensor.is_floating_point() else floats
         tensors[name] = tensor.detach().to("cpu", kept).contiguous().clone()
     with atomic_path(path) as temporary:
         mode = temporary.stat().st_mode

@@ -181,8 +181,11 @@ class ImageTo3DPipeline:
         vae = ShapeVAE.from_pretrained(folder / "vae", number, target)
         dit = load_dit(folder / "dit", number, target)
         pipeline = cls(vae, dit, load_image_encoder(folder / "image_encoder", target), config)
-        files = [find_weights(folder / part) for part in ("vae", "dit")]
-        files += encoder_files(pipeline.encoder.config)
+        files = [
+            find_weights(folder / "vae"),
+            find_weights(folder / "dit"),
+            *encoder_files(pipeline.encoder.config),
+        ]
         pipeline.dense_files, pipeline.calibration = files, folder
         pipeline.familiarity = load_familiarity(folder, pipeline.encoder.channels)
         own = folder / ROUTERS_NAME
@@ -200,14 +203,14 @@ class ImageTo3DPipeline:
         """Write the folder that `from_pretrained` reads; `pipeline.json` last: half a folder is no model.
 
         `routers/` and statistics of another model that was there before go, and so do folders of other routers, such as
-        `per_block/`, where the DiT is another one now.
+        `per_block/`, where the DiT is another one now. `dtype` as `save_weights` takes it; in 8 bits is the DiT alone.
         """
         folder = Path(path)
         own = any(folder.resolve() in path.resolve().parents for path in self.dense_files)
         weights = folder / "dit" / WEIGHTS_NAME
         before = file_sha256(weights) if weights.is_file() and not own else None
         named = named_router_folders(folder) if before else []
-        self.vae.save_pretrained(folder / "vae", dtype)
+        self.vae.save_pretrained(folder / "vae", torch.bfloat16 if dtype is torch.int8 else dtype)
         self.dit.save_pretrained(folder / "dit", dtype)
         for routers in named if before != file_sha256(weights) else ():
             remove_routers(routers)

@@ -77,10 +77,21 @@ class SamplingExportConfig(Options):
     elastic: ElasticConfig = option(ElasticConfig, "how a model with routers runs")
 
 
+class StoredFormat(Enum):
+    """How weights are stored: everything in bf16, or matrices in 8 bits with a scale for each row."""
+
+    bf16 = "bf16"
+    int8 = "int8"
+
+
 @dataclass(kw_only=True)
 class ExportConfig(Options):
     """Averaged weights of a run as a model folder."""
 
+    weights: StoredFormat = option(
+        StoredFormat.bf16,
+        "matrices of a shape DiT, of routers and few-step LoRA: bf16, or int8 (half the size)",
+    )
     output: Path | None = option(None, "folder to write; null: `export` in the run's folder")
     pipeline: SamplingExportConfig = option(
         SamplingExportConfig, "defaults of an exported DiT; of routers `elastic` alone"
@@ -90,6 +101,11 @@ class ExportConfig(Options):
         """What is written is a folder."""
         if self.output is not None and self.output.is_file():
             raise ValueError(f"output {self.output} is a file, expected a folder")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """As `save_routers` takes it; routers keep their own format, which is not that of their few-step LoRA."""
+        return torch.int8 if self.weights is StoredFormat.int8 else None
 
 
 @dataclass(kw_only=True)
@@ -161,7 +177,7 @@ class _Run:
 
 
 def export_run(config: ExportStageConfig) -> Path:
-    """Write the averaged weights of the run `config.name` in bf16, with the record of its training.
+    """Write the averaged weights of the run `config.name` with the record of its training.
 
     A VAE becomes one model folder; a DiT a folder for `ImageTo3DPipeline.from_pretrained`, with the VAE whose
     latents it learned and their statistics, and the image encoder's configuration. Routers become such a folder too,
@@ -182,6 +198,10 @@ def export_run(config: ExportStageConfig) -> Path:
     stage = stage_of(checkpoint.values.get("config"), path)
     if stage not in _EXPORTS:
         raise UserError(f"{path} was trained by stage={stage}, expected one of {', '.join(_EXPORTS)}")
+    if config.export.dtype and stage in ("vae", "image"):
+        raise UserError(
+            f"export.weights=int8 is for a shape DiT, routers and few-step LoRA; stage={stage} stores bf16"
+        )
     output = config.export.output or config.folder / "export"
     _EXPORTS[stage](_Run(config, str(path), checkpoint, output))
     return output
@@ -215,7 +235,7 @@ def _export_pipeline(run: _Run) -> None:
     load_strict(dit, run.part("dit"), run.source)
     sampling = sampling_defaults(run.config.export.pipeline, trained.init_from)
     pipeline = ImageTo3DPipeline(info.load_vae(), dit, info.load_encoder(), sampling)
-    pipeline.save_pretrained(run.output, torch.bfloat16)
+    pipeline.save_pretrained(run.output, run.config.export.dtype or torch.bfloat16)
     copy_files((RECORD_NAME, CURVES_NAME), info.vae, run.output / "vae")
     run.write_record(run.output / "dit")
 
@@ -262,12 +282,12 @@ def _export_routers(run: _Run) -> None:
     if isinstance(stage.flow, ShapeFlow):
         pipeline = ImageTo3DPipeline.from_pretrained(stage.flow.folder, "cpu", "float32", dial=False)
         pipeline.config.elastic = run.config.export.pipeline.elastic
-        pipeline.save_pretrained(run.output, torch.bfloat16)
+        pipeline.save_pretrained(run.output, run.config.export.dtype or torch.bfloat16)
         for part in ("vae", "dit"):
             copy_files((RECORD_NAME, CURVES_NAME), stage.flow.folder / part, run.output / part)
     save_dial(None, run.output)
     remove_records(run.output / "routers")
-    save_routers(stage.flow.dit, run.output / "routers")
+    save_routers(stage.flow.dit, run.output / "routers", run.config.export.dtype)
     run.write_record(run.output / "routers")
 
 
@@ -289,7 +309,7 @@ def _export_few_step(run: _Run) -> None:
         block.few_step.to(torch.bfloat16)
     copy_files(ROUTER_RECORDS, routers, output)
     save_dial(None, run.output)
-    save_routers(dit, output)
+    save_routers(dit, output, run.config.export.dtype)
     run.write_record(output, "few_step")
 
 

@@ -280,11 +280,8 @@ def parse_yaml(text: str, source: str = "the value") -> Any:
         return yaml.load(text, Loader=_BoundedLoader)  # noqa: S506 (a safe loader)
     except RecursionError as error:
         raise UserError(f"{source} is broken: it is nested too deeply") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-    ) as error:  # ValueError: a date that is none; TypeError: its key
+    # ValueError: a date that is none; TypeError: its key
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{source} is broken: {' '.join(str(error).split())}") from error
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from elastic3d.errors import UserError
-from elastic3d.models.weights import PretrainedMixin, read_weights
+from elastic3d.models.weights import PretrainedMixin, read_weights, save_weights
 from elastic3d.utils.files import file_sha256
 
 
@@ -52,6 +52,38 @@ def test_round_trip(tmp_path: Path) -> None:
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
     assert sorted(file.name for file in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_matrices_in_eight_bits(tmp_path: Path) -> None:
+    """Every value within half a step of its row; vectors in bf16; rows of zeros; weights that are named `_scale`."""
+    path = tmp_path / "w.safetensors"
+    state = {
+        "a": torch.randn(5, 64) * torch.logspace(-6, 6, 5)[:, None],
+        "zeros": torch.zeros(2, 3),
+        "bias": torch.randn(7),
+        "norm_scale": torch.randn(4),
+        "b_scale": torch.randn(3, 3),
+        "count": torch.tensor([[1, 2]]),
+    }
+    save_weights(state, path, torch.int8)
+    stored, found = load_file(path), read_weights(path)
+    assert found.keys() == state.keys() and stored["a"].dtype is torch.int8
+    for name in ("a", "zeros", "b_scale"):
+        step = state[name].abs().amax(1, keepdim=True) / 127
+        assert ((found[name] - state[name]).abs() <= 0.501 * step).all() and found[
+            name
+        ].dtype is torch.float32
+    assert torch.equal(found["bias"], state["bias"].bfloat16()) and torch.equal(
+        found["count"], state["count"]
+    )
+    save_weights(found, path, torch.int8)  # what is read stays as it is
+    torch.testing.assert_close(read_weights(path), {**found, "bias": found["bias"]}, rtol=1e-6, atol=0)
+    save_file({**stored, "a_scale": stored["a_scale"][:3]}, path)
+    with pytest.raises(UserError, match=r"has scales of a of the shape \[3, 1\] in torch.float32, expected"):
+        read_weights(path)
+    del stored["a_scale"]
+    save_file(stored, path)  # numbers of 8 bits as such
+    assert read_weights(path)["a"].dtype is torch.int8
 
 
 def test_dtypes(tmp_path: Path) -> None:

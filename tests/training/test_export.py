@@ -9,7 +9,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.checkpoint import load_checkpoint
-from elastic3d.training.export import SamplingExportConfig, export_run
+from elastic3d.training.export import SamplingExportConfig, StoredFormat, export_run
 from elastic3d.training.latents import LatentInfo, build_cache
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
@@ -50,6 +50,23 @@ def test_from_prepared_shapes_to_a_pipeline(prepared):
     for part, steps in (("vae", 6), ("dit", 2)):
         assert load_json(output / part / "training.json")["steps"] == steps
         assert (output / part / "training.csv").is_file()
+
+    # in 8 bits: half the size, and weights within half a step of their rows
+    smaller = options | {"weights": StoredFormat.int8}
+    packed = export_run(export_of(config_for(prepared), prepared / "packed", export=smaller))
+    sizes = [(folder / "dit" / "model.safetensors").stat().st_size for folder in (output, packed)]
+    assert sizes[1] < 0.75 * sizes[0]
+    found = ImageTo3DPipeline.from_pretrained(packed, device="cpu", dtype="float32")
+    average = load_checkpoint(prepared / "runs" / "dit" / "checkpoints" / "step-00000002").tensors["average"]
+    for name, value in found.dit.named_parameters():
+        exact = average[f"dit.{name}"]
+        step = exact.abs().amax(-1, keepdim=True) / (127 if exact.ndim == 2 else 256)
+        assert ((value - exact).abs() <= 0.51 * step + 1e-30).all(), name
+    assert file_sha256(packed / "vae" / "model.safetensors") == file_sha256(
+        output / "vae" / "model.safetensors"
+    )
+    with pytest.raises(UserError, match="export.weights=int8 is for a shape DiT"):
+        export_run(export_of(vae_config(prepared), folder, export={"weights": StoredFormat.int8}))
 
     # what goes on from a model is sampled as that, but for what is asked for
     assert run_stage(config_for(prepared, name="tuned", init_from=output, steps=1)) == 0
