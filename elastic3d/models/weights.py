@@ -84,8 +84,7 @@ def load_config(folder: Path, config_class: type[Any], class_name: str) -> Any:
     """The configuration in `folder/config.json`, which must be of a `class_name`."""
     if not folder.is_dir():
         raise UserError(_why_no_folder(folder))
-    path = folder / CONFIG_NAME
-    values = load_json(path)
+    values = load_json(path := folder / CONFIG_NAME)
     found = values.pop(_CLASS_KEY, class_name)
     if found != class_name:
         raise UserError(f"{path} describes a {found}, expected a {class_name}")

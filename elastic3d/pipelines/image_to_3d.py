@@ -181,11 +181,8 @@ class ImageTo3DPipeline:
         vae = ShapeVAE.from_pretrained(folder / "vae", number, target)
         dit = load_dit(folder / "dit", number, target)
         pipeline = cls(vae, dit, load_image_encoder(folder / "image_encoder", target), config)
-        files = [
-            find_weights(folder / "vae"),
-            find_weights(folder / "dit"),
-            *encoder_files(pipeline.encoder.config),
-        ]
+        files = [find_weights(folder / part) for part in ("vae", "dit")]
+        files += encoder_files(pipeline.encoder.config)
         pipeline.dense_files, pipeline.calibration = files, folder
         pipeline.familiarity = load_familiarity(folder, pipeline.encoder.channels)
         own = folder / ROUTERS_NAME
