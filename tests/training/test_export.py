@@ -54,8 +54,8 @@ def test_from_prepared_shapes_to_a_pipeline(prepared):
     # in 8 bits: half the size, and weights within half a step of their rows
     smaller = options | {"weights": StoredFormat.int8}
     packed = export_run(export_of(config_for(prepared), prepared / "packed", export=smaller))
-    sizes = [(folder / "dit" / "model.safetensors").stat().st_size for folder in (output, packed)]
-    assert sizes[1] < 0.75 * sizes[0]
+    size, smaller_size = ((each / "dit/model.safetensors").stat().st_size for each in (output, packed))
+    assert smaller_size < 0.75 * size
     found = ImageTo3DPipeline.from_pretrained(packed, device="cpu", dtype="float32")
     average = load_checkpoint(prepared / "runs" / "dit" / "checkpoints" / "step-00000002").tensors["average"]
     for name, value in found.dit.named_parameters():
@@ -68,7 +68,11 @@ def test_from_prepared_shapes_to_a_pipeline(prepared):
     with pytest.raises(UserError, match="export.weights=int8 is for a shape DiT"):
         export_run(export_of(vae_config(prepared), folder, export={"weights": StoredFormat.int8}))
 
-    # what goes on from a model is sampled as that, but for what is asked for
+    _check_tuned(prepared, output)
+
+
+def _check_tuned(prepared, output):
+    """What goes on from a model is sampled as that, but for what is asked for."""
     assert run_stage(config_for(prepared, name="tuned", init_from=output, steps=1)) == 0
     for given, expected in (
         ({"guidance": 4.0}, {"steps": 3, "guidance": 4.0, "solver": Solver.ab2}),
