@@ -307,7 +307,7 @@ def save_weights(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | N
 
     Args:
         dtype: of the floating-point tensors; None keeps their own. int8 keeps matrices (M,N) in 8 bits a value, with a
-            scale for each row, and everything else in bf16: half the size, and an error like that of bf16 in the mesh.
+            scale for each row, and everything else in bf16: half the size of bf16.
     """
     tensors = {}
     for name, tensor in state.items():

@@ -78,7 +78,7 @@ class SamplingExportConfig(Options):
 
 
 class StoredFormat(Enum):
-    """How weights are stored: everything in bf16, or matrices in 8 bits with a scale for each row."""
+    """How an export stores matrices: in the format of its kind, or in 8 bits with a scale for each row."""
 
     bf16 = "bf16"
     int8 = "int8"
@@ -90,7 +90,7 @@ class ExportConfig(Options):
 
     weights: StoredFormat = option(
         StoredFormat.bf16,
-        "matrices of a shape DiT, of routers and few-step LoRA: bf16, or int8 (half the size)",
+        "matrices of a shape DiT, of routers and few-step LoRA: bf16 (but for routers, fp32), or int8, half of bf16",
     )
     output: Path | None = option(None, "folder to write; null: `export` in the run's folder")
     pipeline: SamplingExportConfig = option(
@@ -104,7 +104,7 @@ class ExportConfig(Options):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """As `save_routers` takes it; routers keep their own format, which is not that of their few-step LoRA."""
+        """Of `save_routers`: None keeps what is there, routers in fp32 and their few-step LoRA in bf16."""
         return torch.int8 if self.weights is StoredFormat.int8 else None
 
 

@@ -17,6 +17,7 @@ from elastic3d.models.weights import read_weights
 from elastic3d.pipelines import runtime
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.distributed import state_bytes
+from elastic3d.training.export import StoredFormat
 from elastic3d.training.few_step import FewStepStage, ShapeFewStepConfig, relative_errors
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.mesh_loss import FewStepMeshLossConfig
@@ -231,6 +232,15 @@ def test_train_export_and_generate(routed, monkeypatch):
     assert all(torch.equal(after[key], value) for key, value in before.items())
     ups = [value for key, value in after.items() if key.endswith(".up")]
     assert ups and any(value.any() for value in ups) and all(v.dtype == torch.bfloat16 for v in ups)
+    packed = export_of(
+        few_step_config(routed, named), routed / "packed", export={"weights": StoredFormat.int8}
+    )
+    assert run_stage(packed) == 0
+    smaller = read_weights(routed / "packed" / "routers" / "model.safetensors")
+    assert smaller.keys() == after.keys()
+    for key, value in after.items():
+        step = value.float().abs().amax(-1, keepdim=True) / (127 if value.ndim == 2 else 256)
+        assert ((smaller[key].float() - value.float()).abs() <= 0.51 * step).all(), key
     assert load_json(output / "routers" / "few_step.json")["steps"] == 3
     assert load_json(output / "routers" / "training.json") == {"steps": 7}  # of the routers, as before
     assert (output / "routers" / "few_step.csv").is_file()
